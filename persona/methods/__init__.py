@@ -1,0 +1,46 @@
+"""One room per method. A method trains on top of a language model and leaves a personalizer directory behind."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from pathlib import Path
+from typing import Any
+
+from persona.errors import UserError
+from persona.lm import BaseLM
+from persona.personalizer import Personalizer, read_manifest
+
+# Name in configs and manifests -> "module:class" of its personalizer. Imported only when asked for.
+PERSONALIZERS = {
+    "persona_plug": "persona.methods.persona_plug:PersonaPlug",
+    "lora": "persona.methods.finetune:LoRA",
+    "weights": "persona.methods.finetune:Weights",
+    "user_lora": "persona.methods.finetune:UserLoRA",
+    "description": "persona.methods.prompt:Description",
+    "retrieval": "persona.methods.prompt:Retrieval",
+}
+
+
+def personalizer_class(method: str) -> type[Personalizer]:
+    if method not in PERSONALIZERS:
+        near = difflib.get_close_matches(method, PERSONALIZERS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PERSONALIZERS)}"
+        raise UserError(f"there is no personalizer {method!r}: {hint}")
+    module, _, name = PERSONALIZERS[method].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def load_personalizer(what: Personalizer | Path | str | dict[str, Any], base: BaseLM) -> Personalizer:
+    """From a directory, from the bare name of a prompt personalizer, or from `{name: {setting: value}}`."""
+    if isinstance(what, Personalizer):
+        return what
+    if isinstance(what, dict):
+        if len(what) != 1:
+            raise UserError(f"a personalizer is a directory, a name, or one {{name: settings}} entry, not {what}")
+        ((method, settings),) = what.items()
+        return personalizer_class(method).load(Path(), dict(settings or {}), base)
+    if not Path(what).is_dir() and str(what) in PERSONALIZERS:
+        return personalizer_class(str(what)).load(Path(), {}, base)
+    manifest = read_manifest(what, base)
+    return personalizer_class(manifest["method"]).load(Path(what), manifest["config"], base)

@@ -1,0 +1,94 @@
+"""Low-rank adapters applied per row of a batch, by hooks that leave the base LM as it was.
+
+PEFT's mixed batches allow one adapter per row and re-write the model's modules; here a row may carry a weighted sum of
+any adapters, and nothing of the base is touched. Reads adapters in PEFT's own format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from persona.errors import UserError
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA: for each module name (within the base LM) A [r, in], B [out, r], and the factor on B A."""
+
+    modules: dict[str, tuple[Tensor, Tensor]]
+    scaling: dict[str, float]
+
+
+def load_adapter(folder: Path | str) -> Adapter:
+    """Read `adapter_config.json` + `adapter_model.safetensors` as PEFT writes them.
+
+    Raises UserError for PEFT variants that are not a plain low-rank sum (DoRA, per-layer ranks, other tuners).
+    """
+    folder = Path(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    odd = [
+        key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias") if config.get(key)
+    ]
+    if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
+        raise UserError(
+            f"{folder} is not a plain LoRA adapter ({', '.join(odd) or config.get('peft_type')}): only A·B sums load"
+        )
+    rank = config["r"]
+    scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
+        pairs.setdefault(name, {})[part.split(".")[0]] = tensor
+    return Adapter({name: (pair["A"], pair["B"]) for name, pair in pairs.items()}, dict.fromkeys(pairs, scaling))
+
+
+@contextmanager
+def apply(model: nn.Module, adapters: Sequence[Adapter], gates: Tensor) -> Iterator[None]:
+    """Within the context every adapted Linear returns `W x + sum_e gates[b, e] · scaling_e · B_e A_e x` for row b.
+
+    `gates` is [B, E], one row per batch row. A batch that generation has expanded (beams) to k·B rows repeats each
+    gate k times, as generation does. Hooks are removed on leaving, exceptions included; zero gates are bitwise the base.
+    Raises UserError when an adapter names a module the model does not have.
+    """
+    handles = []
+    names = dict(model.named_modules())
+    by_module: dict[str, list[int]] = {}
+    for e, adapter in enumerate(adapters):
+        for name in adapter.modules:
+            if name not in names:
+                raise UserError(f"the adapter changes module {name!r}, which this base LM does not have")
+            if bool((gates[:, e] != 0).any()):
+                by_module.setdefault(name, []).append(e)
+    try:
+        for name, experts in by_module.items():
+            module = names[name]
+            weight = module.weight
+            down = torch.cat([adapters[e].modules[name][0] for e in experts]).to(weight)  # [sum r, in]
+            up = torch.cat([adapters[e].modules[name][1] for e in experts], dim=1).to(weight)  # [out, sum r]
+            ranks = [adapters[e].modules[name][0].shape[0] for e in experts]
+            factors = torch.tensor([adapters[e].scaling[name] for e in experts])
+            per_rank = (gates[:, experts].cpu() * factors).repeat_interleave(torch.tensor(ranks), dim=1).to(weight)
+            handles.append(module.register_forward_hook(_hook(down, up, per_rank)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(down: Tensor, up: Tensor, per_rank: Tensor):
+    def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        x = args[0]
+        scale = per_rank.repeat_interleave(x.shape[0] // per_rank.shape[0], dim=0)[:, None]
+        low = (x @ down.T) * scale
+        # Rows whose gates are all zero stay bitwise the base: adding a zero is exact.
+        return output + low @ up.T
+
+    return add

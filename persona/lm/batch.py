@@ -1,0 +1,107 @@
+"""From rows (token ids, vectors in front, replies) to one padded forward batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from persona.lm.load import BaseLM
+from persona.types import Request
+
+# What the third door does to one forward: called with the indices of the rows in it, entered around it.
+Edit = Callable[[Sequence[int]], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch: `prompt` token ids, `prefix` [n, hidden] put in front of their embeddings (or None)."""
+
+    prompt: list[int]
+    prefix: Tensor | None
+    request: Request
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + (0 if self.prefix is None else len(self.prefix))
+
+
+class Inputs(NamedTuple):
+    """A padded batch. `embeds` [B, L, hidden], `mask` [B, L] (1 = real), `positions` [B, L] counted from the first
+    real token; `labels` [B, L or T] with -100 where there is nothing to predict (None without replies)."""
+
+    embeds: Tensor
+    mask: Tensor
+    positions: Tensor
+    labels: Tensor | None
+
+
+def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of at most `size`, longest first: neighbours pad little, and running out of memory shows
+    at once rather than after an hour."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def assemble(base: BaseLM, rows: Sequence[Row], replies: Sequence[Sequence[int]] | None = None) -> Inputs:
+    """Pad rows to one batch, on the left, so that every row ends where generation starts.
+
+    Decoder-only: a reply follows its prompt in the same sequence, and `labels` [B, L] marks the reply's tokens.
+    Encoder-decoder: the reply goes to the decoder, `labels` [B, T]. Gradients flow into the rows' prefixes.
+    """
+    decoder_only = not base.is_encoder_decoder
+    sequences = [
+        row.prompt + (list(replies[i]) if replies is not None and decoder_only else []) for i, row in enumerate(rows)
+    ]
+    prefixes = [0 if row.prefix is None else len(row.prefix) for row in rows]
+    longest = max(p + len(s) for p, s in zip(prefixes, sequences, strict=True))
+    pad = base.tokenizer.pad_token_id
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    labels = torch.full((len(rows), longest), -100, dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        ids[i, longest - len(sequence) :] = torch.tensor(sequence, dtype=torch.long)
+        mask[i, longest - len(sequence) - prefixes[i] :] = 1
+        if replies is not None and decoder_only and len(replies[i]):
+            labels[i, longest - len(replies[i]) :] = torch.tensor(list(replies[i]), dtype=torch.long)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    device = base.device
+    embeds = base.embed(ids.to(device))
+    if any(prefixes):
+        # Out of place (index_put on a clone), so that autograd sees the prefix vectors.
+        where_row = torch.cat([torch.full((n,), i) for i, n in enumerate(prefixes) if n])
+        where_column = torch.cat(
+            [torch.arange(n) + longest - len(sequences[i]) - n for i, n in enumerate(prefixes) if n]
+        )
+        values = torch.cat([row.prefix for row in rows if row.prefix is not None and len(row.prefix)])
+        embeds = embeds.index_put((where_row.to(device), where_column.to(device)), values.to(embeds))
+    if replies is not None and not decoder_only:
+        width = max(len(reply) for reply in replies)
+        labels = torch.full((len(rows), width), -100, dtype=torch.long)
+        for i, reply in enumerate(replies):
+            labels[i, : len(reply)] = torch.tensor(list(reply), dtype=torch.long)
+    return Inputs(embeds, mask.to(device), positions.to(device), None if replies is None else labels.to(device))
+
+
+def forward_logits(base: BaseLM, inputs: Inputs, model: torch.nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    """Logits [B, T, vocab] and the tokens [B, T] they predict (-100 = none), for a batch with replies."""
+    model = base.model if model is None else model
+    if base.is_encoder_decoder:
+        output = model(inputs_embeds=inputs.embeds, attention_mask=inputs.mask, labels=inputs.labels)
+        return output.logits, inputs.labels
+    output = model(
+        inputs_embeds=inputs.embeds, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
+    )
+    return output.logits[:, :-1], inputs.labels[:, 1:]
+
+
+def nll_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed negative log-likelihood over the targets that are not -100, in float32. Zero when there are none."""
+    return torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+    )

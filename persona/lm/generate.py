@@ -1,0 +1,129 @@
+"""Batched generation: sorted by length, padded on the left, seeded per request."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
+from transformers import TopPLogitsWarper
+
+from persona.lm.batch import Edit, Row, assemble, batches
+from persona.lm.load import BaseLM
+from persona.lm.score import score
+from persona.types import Response, Sampling
+
+
+class _Recorder(LogitsProcessor):
+    """Keeps log p of every generated token, read from the logits before any warping."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []  # one [B] per generated token
+        self._pending: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.settle(input_ids)
+        self._pending = scores.float().log_softmax(-1)
+        return scores
+
+    def settle(self, input_ids: Tensor) -> None:
+        if self._pending is not None:
+            self.steps.append(self._pending.gather(-1, input_ids[:, -1:])[:, 0])
+            self._pending = None
+
+
+class _Gumbel(LogitsProcessor):
+    """Adds Gumbel noise from one generator per row: greedy search over noisy logits is sampling (Gumbel-max), and a
+    row's draw does not depend on the rows beside it."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniform = torch.stack([torch.rand(scores.shape[-1], generator=g) for g in self.generators])
+        noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        return scores + noise.to(scores)
+
+
+@torch.no_grad()
+def respond(base: BaseLM, rows: Sequence[Row], edit: Edit, batch_size: int = 32) -> list[Response]:
+    """One reply per row, in order. Rows are grouped by their decoding settings and sorted by length.
+
+    A reply depends on its own row only (up to floating-point rounding of padded batches), sampling included.
+    """
+    responses: list[Response | None] = [None] * len(rows)
+    groups: dict[Sampling, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        sampling = row.request.sampling
+        groups[Sampling(**{**_fields(sampling), "seed": 0})].append(i)
+    for sampling, members in groups.items():
+        for batch in batches([rows[i].length for i in members], batch_size):
+            indices = [members[k] for k in batch]
+            for i, response in zip(indices, _generate(base, rows, indices, sampling, edit), strict=True):
+                responses[i] = response
+    return [response for response in responses if response is not None]
+
+
+def _fields(sampling: Sampling) -> dict:
+    return {name: getattr(sampling, name) for name in Sampling.__dataclass_fields__}
+
+
+def _generate(base: BaseLM, rows: Sequence[Row], batch: list[int], sampling: Sampling, edit: Edit) -> list[Response]:
+    inputs = assemble(base, [rows[i] for i in batch])
+    recorder = _Recorder()
+    processors = LogitsProcessorList([recorder] if sampling.num_beams == 1 else [])
+    if sampling.num_beams == 1 and sampling.temperature > 0:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(_Gumbel([rows[i].request.sampling.seed for i in batch]))
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        num_beams=sampling.num_beams,
+        do_sample=False,
+        eos_token_id=sorted(base.eos_ids) or None,
+        pad_token_id=base.tokenizer.pad_token_id,
+        bos_token_id=base.tokenizer.bos_token_id,
+        decoder_start_token_id=getattr(base.model.config, "decoder_start_token_id", None),
+        stop_strings=list(sampling.stop) or None,
+        use_cache=True,
+    )
+    with edit(batch):
+        output = base.model.generate(
+            inputs_embeds=inputs.embeds,
+            attention_mask=inputs.mask,
+            generation_config=config,
+            logits_processor=processors,
+            tokenizer=base.tokenizer if sampling.stop else None,
+        )
+    recorder.settle(output)
+    generated = output[:, 1:] if base.is_encoder_decoder else output  # the decoder's start token is not ours
+    ends = base.eos_ids
+    kept: list[list[int]] = []
+    for tokens in generated.tolist():
+        end = next((k for k, token in enumerate(tokens) if token in ends), None)
+        kept.append(tokens if end is None else tokens[: end + 1])
+    if sampling.num_beams == 1:
+        steps = torch.stack(recorder.steps, dim=1).cpu()
+        logprobs = [tuple(steps[k, : len(tokens)].tolist()) for k, tokens in enumerate(kept)]
+    else:
+        scored = score(
+            base, [rows[i] for i in batch], [[tokens] for tokens in kept], lambda s: edit([batch[k] for k in s])
+        )
+        logprobs = [tuple(options[0].tolist()) for options in scored]
+    return [_response(base, tokens, logps, sampling, ends) for tokens, logps in zip(kept, logprobs, strict=True)]
+
+
+def _response(base: BaseLM, tokens: list[int], logprobs, sampling: Sampling, ends: set[int]) -> Response:
+    reason = "eos" if tokens and tokens[-1] in ends else "length"
+    text = base.tokenizer.decode(tokens, skip_special_tokens=True)
+    hits = [text.index(stop) for stop in sampling.stop if stop in text]
+    if hits:
+        text, reason = text[: min(hits)], "stop"
+        # Rows that hit their stop early are padded while the rest of the batch goes on: the padding is not theirs.
+        pad = base.tokenizer.pad_token_id
+        while tokens and tokens[-1] == pad and pad not in ends:
+            tokens = tokens[:-1]
+    return Response(text.strip(), tuple(tokens), tuple(logprobs[: len(tokens)]), reason)

@@ -1,0 +1,99 @@
+"""log p of given continuations; the prompt is computed once and shared by all continuations of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from persona.lm.batch import Edit, Row, assemble, batches
+from persona.lm.load import BaseLM
+
+
+@torch.no_grad()
+def score(
+    base: BaseLM,
+    rows: Sequence[Row],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    edit: Edit,
+    batch_size: int = 32,
+) -> list[list[Tensor]]:
+    """Per-token log-probabilities (natural, float32) of each row's continuations, in their order.
+
+    `continuations[r][o]` are the token ids of option `o` of row `r`; the result has the same shape, each entry a
+    1-D tensor on the CPU. A row may have any number of continuations, none included.
+    """
+    result: list[list[Tensor]] = [[] for _ in rows]
+    for batch in batches([row.length for row in rows], batch_size):
+        # Options differ in number, so a batch is cut where its options would fill more rows than a batch may have.
+        chunk: list[int] = []
+        options = 0
+        for i in batch:
+            if chunk and options + len(continuations[i]) > 4 * batch_size:
+                _score_batch(base, rows, continuations, edit, chunk, result)
+                chunk, options = [], 0
+            if continuations[i]:
+                chunk.append(i)
+                options += len(continuations[i])
+        if chunk:
+            _score_batch(base, rows, continuations, edit, chunk, result)
+    return result
+
+
+def _score_batch(base, rows, continuations, edit: Edit, batch: list[int], result: list[list[Tensor]]) -> None:
+    inputs = assemble(base, [rows[i] for i in batch])
+    device = base.device
+    owner = [k for k, i in enumerate(batch) for _ in continuations[i]]  # the batch row of each option
+    options = [list(option) for i in batch for option in continuations[i]]
+    expand = torch.tensor(owner, device=device)
+    width = max(len(option) for option in options)
+    targets = torch.full((len(options), width), -100, dtype=torch.long)
+    for k, option in enumerate(options):
+        targets[k, : len(option)] = torch.tensor(option, dtype=torch.long)
+    targets = targets.to(device)
+    option_rows = [batch[k] for k in owner]
+
+    if base.is_encoder_decoder:
+        with edit(batch):
+            encoded = base.model.get_encoder()(inputs_embeds=inputs.embeds, attention_mask=inputs.mask)
+        with edit(option_rows):
+            logits = base.model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=encoded.last_hidden_state[expand]),
+                attention_mask=inputs.mask[expand],
+                labels=targets,
+            ).logits
+    else:
+        cache = DynamicCache(config=base.model.config)
+        with edit(batch):
+            prompt = base.model(
+                inputs_embeds=inputs.embeds,
+                attention_mask=inputs.mask,
+                position_ids=inputs.positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        first = prompt.logits[:, -1:][expand]
+        if width == 1:
+            logits = first
+        else:
+            cache.batch_select_indices(expand)
+            known = targets[:, :-1]
+            real = (known != -100).long()
+            last = inputs.positions[expand][:, -1:]
+            with edit(option_rows):
+                rest = base.model(
+                    input_ids=known.clamp(min=0),
+                    attention_mask=torch.cat([inputs.mask[expand], real], dim=1),
+                    position_ids=last + 1 + torch.arange(width - 1, device=device),
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits
+            logits = torch.cat([first, rest], dim=1)
+
+    logps = logits.float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0].cpu()
+    for k, option in enumerate(options):
+        result[option_rows[k]].append(logps[k, : len(option)].clone())

@@ -1,0 +1,198 @@
+"""What training leaves behind and evaluation uses: the protocol, the stack, the directory on disk.
+
+A personalizer acts through three doors and no other (see docs/design.md): the prompt, vectors in front of the input
+embeddings, and the modules for the length of one forward. Each door may differ per row of a batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from persona import lm
+from persona.errors import UserError
+from persona.files import atomic_folder, sha256
+from persona.lm import BaseLM, Row
+from persona.types import Request, Response
+
+FORMAT_VERSION = 1
+
+
+class Personalizer:
+    """Base of all personalizers; every door is shut until a subclass opens it.
+
+    class Shout(Personalizer):
+        method = "shout"
+        def prompt(self, requests):
+            return [with_system(request, "answer loudly") for request in requests]
+    """
+
+    method: ClassVar[str]
+
+    def prompt(self, requests: Sequence[Request]) -> list[Request]:
+        """First door: the requests with other messages. Nothing but `messages` may change."""
+        return list(requests)
+
+    def embeddings(self, requests: Sequence[Request]) -> list[Tensor | None]:
+        """Second door: per request vectors [n, hidden] to put in front of its input embeddings, or None."""
+        return [None] * len(requests)
+
+    def modules(self, requests: Sequence[Request]) -> AbstractContextManager[None]:
+        """Third door: entered around one forward whose batch rows are `requests`; undone on leaving."""
+        return nullcontext()
+
+    def config(self) -> dict[str, Any]:
+        """Plain JSON values from which `load` builds this personalizer again."""
+        raise NotImplementedError
+
+    def write(self, folder: Path) -> None:
+        """Write the weights (safetensors, PEFT's format) into an existing folder; nothing by default."""
+
+    @classmethod
+    def load(cls, folder: Path, config: dict[str, Any], base: BaseLM) -> Personalizer:
+        """Build from a folder whose manifest has been checked."""
+        raise NotImplementedError
+
+
+class LanguageModel:
+    """A base LM under a stack of personalizers; the only thing methods and benchmarks both know.
+
+    Prompts pass the stack in order; vectors in front stand in stack order; edits of modules add up. The second and
+    third door see the request as the user made it, before the first door.
+    """
+
+    def __init__(
+        self,
+        base: BaseLM,
+        personalizers: Sequence[Personalizer] = (),
+        batch_size: int = 32,
+        max_length: int | None = None,
+    ):
+        self.base = base
+        self.personalizers = tuple(personalizers)
+        self.batch_size = batch_size
+        self.max_length = max_length or base.max_positions
+
+    def rows(self, requests: Sequence[Request]) -> list[Row]:
+        """Token ids and vectors in front for every request, doors one and two applied."""
+        prompted: list[Request] = list(requests)
+        for personalizer in self.personalizers:
+            prompted = personalizer.prompt(prompted)
+        vectors = [personalizer.embeddings(requests) for personalizer in self.personalizers]
+        rows = []
+        for i, request in enumerate(prompted):
+            parts = [column[i] for column in vectors if column[i] is not None]
+            prefix = torch.cat(parts) if parts else None
+            room = self.max_length
+            if room is not None:
+                room -= (0 if prefix is None else len(prefix)) + request.sampling.max_new_tokens
+            rows.append(Row(self.base.render(request.messages, room), prefix, requests[i]))
+        return rows
+
+    @contextmanager
+    def edit(self, requests: Sequence[Request]) -> Iterator[None]:
+        """The third door of the whole stack, for one forward over these requests."""
+        with ExitStack() as stack:
+            for personalizer in self.personalizers:
+                stack.enter_context(personalizer.modules(requests))
+            yield
+
+    def _edit_rows(self, requests: Sequence[Request]):
+        return lambda indices: self.edit([requests[i] for i in indices])
+
+    def respond(self, requests: Sequence[Request]) -> list[Response]:
+        """One reply per request, in order; each depends on its own request only."""
+        requests = list(requests)
+        with torch.no_grad():
+            return lm.respond(self.base, self.rows(requests), self._edit_rows(requests), self.batch_size)
+
+    def choose(self, requests: Sequence[Request]) -> list[list[float]]:
+        """Summed log p(option | prompt) for `request.options`, in that order. Raises UserError without options."""
+        requests = list(requests)
+        for request in requests:
+            if not request.options:
+                raise UserError(f"choose() needs options, but the request {_short(request)!r} has none")
+        options = [[self.base.encode_option(option) for option in request.options or ()] for request in requests]
+        with torch.no_grad():
+            scored = lm.score(self.base, self.rows(requests), options, self._edit_rows(requests), self.batch_size)
+        return [[float(logps.double().sum()) for logps in row] for row in scored]
+
+    def loglikelihood(self, requests: Sequence[Request], replies: Sequence[str]) -> list[tuple[float, int]]:
+        """Summed log p(reply, end of turn | prompt) and the number of tokens it is summed over."""
+        requests = list(requests)
+        targets = [
+            [self.base.render_reply(request.messages, reply)] for request, reply in zip(requests, replies, strict=True)
+        ]
+        with torch.no_grad():
+            scored = lm.score(self.base, self.rows(requests), targets, self._edit_rows(requests), self.batch_size)
+        return [(float(row[0].double().sum()), len(row[0])) for row in scored]
+
+
+def _short(request: Request) -> str:
+    return request.messages[-1].content[:60] if request.messages else "(empty)"
+
+
+# ---- on disk -------------------------------------------------------------------------------------------------------
+
+
+def save(personalizer: Personalizer, base: BaseLM, folder: Path | str, stack: Sequence[Personalizer] = ()) -> Path:
+    """Write the directory whole or not at all: weights, then `personalizer.json` with a hash of every file.
+
+    `stack` names the personalizers it was trained on top of; the same belong below it when it is used.
+    """
+    folder = Path(folder)
+    with atomic_folder(folder) as temporary:
+        personalizer.write(temporary)
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "method": personalizer.method,
+            "base": base.identity,
+            "config": personalizer.config(),
+            "trained_on_top_of": [below.method for below in stack],
+            "files": {str(file.relative_to(temporary)): sha256(file) for file in files},
+        }
+        (temporary / "personalizer.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return folder
+
+
+def read_manifest(folder: Path | str, base: BaseLM | None = None) -> dict[str, Any]:
+    """The checked manifest of a personalizer directory.
+
+    Raises UserError, in one sentence, for: no directory or manifest, another format version, another base LM (name
+    both), a missing file, a file that changed since it was saved, a path that leaves the directory.
+    """
+    folder = Path(folder)
+    path = folder / "personalizer.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a personalizer: it has no personalizer.json")
+    try:
+        manifest = json.loads(path.read_text())
+        version, files, made_for = manifest["format_version"], manifest["files"], manifest["base"]
+        method = manifest["method"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}; restore it or train again") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has format version {version}, this code reads version {FORMAT_VERSION}: train it again"
+        )
+    for name, expected in files.items():
+        file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path} names the file {name!r}, which lies outside its own directory")
+        if not file.is_file():
+            raise UserError(f"{folder} lacks its file {name}: it was not copied whole")
+        if sha256(file) != expected:
+            raise UserError(f"{file} is not the file that was saved (its hash differs): it is damaged or was edited")
+    if base is not None and made_for["fingerprint"] != base.identity["fingerprint"]:
+        raise UserError(
+            f"{folder} ({method}) was trained on base LM {made_for['name']} with fingerprint "
+            f"{made_for['fingerprint']}, but the base LM here is {base.name} with {base.identity['fingerprint']}"
+        )
+    return manifest
