@@ -1,0 +1,18 @@
+"""Readers of people and tasks. `load(cfg)` reads what `cfg.name` says; `task(name)` looks a task's rules up."""
+
+from __future__ import annotations
+
+from persona.data import jsonl, lamp, lamp_tasks  # noqa: F401  (lamp_tasks registers LaMP's tasks)
+from persona.data.base import DataConfig, People, Task, register, task
+from persona.errors import UserError
+
+__all__ = ["DataConfig", "People", "Task", "load", "register", "task"]
+
+READERS = {"lamp": lamp.load, "jsonl": jsonl.load}
+
+
+def load(cfg: DataConfig) -> People:
+    """The people that `cfg` names. Raises UserError for an unknown reader or bad input."""
+    if cfg.name not in READERS:
+        raise UserError(f"data.name is {cfg.name!r}; it should be one of {', '.join(READERS)}")
+    return READERS[cfg.name](cfg)
