@@ -1,0 +1,106 @@
+"""A batching front: episodes ask one request at a time, the model answers full batches of whatever is waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from persona.errors import UserError
+from persona.types import Request, Response, Sampling
+
+_QUIET_ROUNDS = 4  # passes of the event loop without a new request after which every open episode is waiting
+
+
+class LanguageModel(Protocol):
+    """What is measured: lists in, lists out, in order (`persona.load` returns one)."""
+
+    def respond(self, requests: Sequence[Request]) -> list[Response]: ...
+
+    def choose(self, requests: Sequence[Request]) -> list[list[float]]: ...
+
+    def loglikelihood(self, requests: Sequence[Request], targets: Sequence[str]) -> list[tuple[float, int]]: ...
+
+
+@dataclass
+class _Pending:
+    request: Request
+    target: str
+    future: asyncio.Future
+    length: int
+
+
+class AsyncModel:
+    """A batching front over a synchronous language model; made by the runner and handed to each episode."""
+
+    def __init__(self, model: LanguageModel, batch_size: int) -> None:
+        self._model, self._batch_size = model, batch_size
+        self._pending: dict[tuple[str, Sampling | None], list[_Pending]] = {}
+        self._arrived = asyncio.Event()
+        self._count = 0
+
+    async def respond(self, request: Request) -> Response:
+        """The model's reply to one request."""
+        # The seed is the request's own, so requests that differ only in it are decoded together.
+        return await self._ask("respond", request, "", replace(request.sampling, seed=0))
+
+    async def choose(self, request: Request) -> list[float]:
+        """Summed log p of each of `request.options`, in their order. Raises UserError without options."""
+        if not request.options:
+            raise UserError("A request to choose has no options; give Request.options.")
+        return await self._ask("choose", request, "", None)
+
+    async def loglikelihood(self, request: Request, target: str) -> tuple[float, int]:
+        """Summed log p of `target` as the reply, and its number of tokens."""
+        return await self._ask("loglikelihood", request, target, None)
+
+    async def _ask(self, kind: str, request: Request, target: str, sampling: Sampling | None) -> Any:
+        length = sum(len(message.content) for message in request.messages) + len(target)
+        length += max((len(option) for option in request.options), default=0) if request.options else 0
+        entry = _Pending(request, target, asyncio.get_running_loop().create_future(), length)
+        self._pending.setdefault((kind, sampling), []).append(entry)
+        self._count += 1
+        self._arrived.set()
+        return await entry.future
+
+    async def serve(self, before_batch: Callable[[], None]) -> None:
+        """Answer batches until cancelled; `before_batch` is called before each one. A model error ends the run."""
+        while True:
+            await self._arrived.wait()
+            await self._settle()
+            full = [key for key, entries in self._pending.items() if len(entries) >= self._batch_size]
+            # Partial batches wait as long as answering full ones may bring them company.
+            for key in full or [max(self._pending, key=lambda key: len(self._pending[key]))]:
+                entries = sorted(self._pending.pop(key), key=lambda entry: -entry.length)
+                whole = len(entries) if not full else len(entries) - len(entries) % self._batch_size
+                if entries[whole:]:
+                    self._pending[key] = entries[whole:]
+                for start in range(0, whole, self._batch_size):
+                    before_batch()
+                    self._answer(key[0], entries[start : min(start + self._batch_size, whole)])
+                    await self._settle()
+            if not self._pending:
+                self._arrived.clear()
+
+    async def _settle(self) -> None:
+        quiet, seen = 0, self._count
+        while quiet < _QUIET_ROUNDS:
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if self._count == seen else 0
+            seen = self._count
+
+    def _answer(self, kind: str, batch: list[_Pending]) -> None:
+        requests = [entry.request for entry in batch]
+        answers: Sequence[Any]
+        if kind == "respond":
+            answers = self._model.respond(requests)
+        elif kind == "choose":
+            answers = self._model.choose(requests)
+        else:
+            answers = self._model.loglikelihood(requests, [entry.target for entry in batch])
+        if len(answers) != len(batch):
+            raise RuntimeError(f"The model gave {len(answers)} answers to {len(batch)} requests in {kind}.")
+        for entry, answer in zip(batch, answers, strict=True):
+            if not entry.future.done():
+                entry.future.set_result(answer)

@@ -1,0 +1,376 @@
+"""Results on disk: one folder per (stack, benchmark), and what may be read from several of them together.
+
+<folder>/meta.json      what the run was made of; a folder never mixes two settings
+<folder>/samples.jsonl  one `Row` per finished episode
+<folder>/summary.json   one `Summary`
+<folder>/plots.json     optional `Plots` from a method (attention over items, user embeddings)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from persona.errors import UserError
+from persona.evaluation.statistics import RESAMPLES, Difference, Estimate, Metric, difference, estimate, holm
+from persona.files import atomic_write
+from persona.types import Sample, Score
+
+FORMAT_VERSION = 1
+SHOWN_ITEMS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One finished episode, as a line of samples.jsonl. `values` is empty where unscored, and `reason` says why.
+
+    `n_items` is the length of the user's history; `items` its first few texts, for the reader of the report.
+    """
+
+    id: str
+    cluster: str
+    task: str
+    persona: str
+    description: str
+    n_items: int
+    items: tuple[str, ...]
+    messages: tuple[dict[str, str], ...]
+    options: tuple[str, ...] | None
+    target: str
+    raw: str
+    values: dict[str, float]
+    reason: str
+
+    @staticmethod
+    def of(sample: Sample, cluster: str, score: Score) -> Row:
+        """The row of a finished episode."""
+        persona = sample.persona
+        first = [] if persona is None else [persona.history[i] for i in range(min(SHOWN_ITEMS, len(persona.history)))]
+        return Row(
+            id=sample.id,
+            cluster=cluster,
+            task=sample.task,
+            persona="" if persona is None else persona.id,
+            description="" if persona is None else persona.description,
+            n_items=0 if persona is None else len(persona.history),
+            items=tuple(item.text if item.label is None else f"{item.text} → {item.label}" for item in first),
+            messages=tuple({"role": message.role, "content": message.content} for message in sample.messages),
+            options=sample.options,
+            target=sample.target,
+            raw=score.raw,
+            values=dict(score.values),
+            reason=score.reason,
+        )
+
+    def line(self) -> bytes:
+        """The row as one line of JSON, newline included."""
+        return (json.dumps(asdict(self), ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+_ROW_KEYS = {entry.name for entry in fields(Row)}
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """summary.json. `metrics[name]` is how a number is formed, `estimates[name]` the number itself.
+
+    `settings` is what the fingerprint covers (benchmark, data, base model, personalizers, sampling, seed);
+    `environment` is what may differ without making results incomparable (versions, machine, duration in seconds).
+    """
+
+    benchmark: str
+    benchmark_version: str
+    stack: str
+    n: int
+    n_unscored: int
+    unscored_reasons: dict[str, int]
+    metrics: dict[str, Metric]
+    estimates: dict[str, Estimate]
+    settings: dict[str, Any]
+    fingerprint: str
+    environment: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """How much each of one user's items counted for one query; weights sum to 1."""
+
+    user: str
+    query: str
+    items: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One user in two dimensions; points of one `group` share a colour, `label` is shown on hovering."""
+
+    x: float
+    y: float
+    label: str
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plots:
+    """plots.json: what a method wants shown beside its scores."""
+
+    attention: tuple[Attention, ...] = ()
+    points: tuple[Point, ...] = ()
+    points_title: str = "User embeddings"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A results folder in memory."""
+
+    folder: Path
+    summary: Summary
+    rows: list[Row]
+    plots: Plots
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One stack against the baseline on one metric. `p_holm` is corrected over all comparisons made together.
+
+    `better` is True or False when p_holm < 0.05, and None when the data do not tell.
+    """
+
+    benchmark: str
+    metric: str
+    stack: str
+    baseline: str
+    difference: Difference
+    p_holm: float
+    better: bool | None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; a finished evaluation would have written it.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a samples.jsonl; a torn last line (no newline: the writer was killed) is passed over.
+
+    Raises UserError naming file and line for anything else that is not a row.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}, is not valid JSON ({error}).") from error
+            if not isinstance(entry, dict) or set(entry) != _ROW_KEYS:
+                found = ", ".join(sorted(entry)) if isinstance(entry, dict) else type(entry).__name__
+                raise UserError(f"{path}, line {number}, has {found} where {', '.join(sorted(_ROW_KEYS))} belong.")
+            for key in ("items", "messages", "options"):
+                entry[key] = None if entry[key] is None else tuple(entry[key])
+            rows.append(Row(**entry))
+    return rows
+
+
+class RowWriter:
+    """Appends rows to a samples file: a written row survives the death of the process, a synced one the machine's."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._drop_torn_line()
+        except OSError as error:
+            raise UserError(f"{path} cannot be opened for writing: {error.strerror}.") from error
+
+    def _drop_torn_line(self) -> None:
+        content = self._path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            os.truncate(self._path, content.rfind(b"\n") + 1)
+
+    def write(self, row: Row) -> None:
+        """Append one row. Raises UserError when the disk does not take it."""
+        line = row.line()
+        try:
+            written = os.write(self._file, line)
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+        except OSError as error:
+            raise UserError(f"{self._path} could not be extended: {error.strerror}; its rows are kept.") from error
+
+    def sync(self) -> None:
+        """Wait until everything written is on the disk."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def summarize(
+    rows: Sequence[Row],
+    *,
+    benchmark: str,
+    benchmark_version: str,
+    stack: str,
+    metrics: Mapping[str, Metric],
+    settings: Mapping[str, Any],
+    fingerprint: str,
+    environment: Mapping[str, Any],
+    resamples: int = RESAMPLES,
+) -> Summary:
+    """Counts and estimates over finished rows; unscored rows are counted, and kept out of every metric."""
+    scored = [row for row in rows if row.values]
+    values, clusters = [row.values for row in scored], [row.cluster for row in scored]
+    estimates = {key: estimate(values, clusters, key, metric, resamples=resamples) for key, metric in metrics.items()}
+    return Summary(
+        benchmark=benchmark,
+        benchmark_version=benchmark_version,
+        stack=stack,
+        n=len(rows),
+        n_unscored=len(rows) - len(scored),
+        unscored_reasons=dict(Counter(row.reason for row in rows if not row.values).most_common()),
+        metrics=dict(metrics),
+        estimates={name: value for name, value in estimates.items() if value is not None},
+        settings=dict(settings),
+        fingerprint=fingerprint,
+        environment=dict(environment),
+    )
+
+
+def write_summary(folder: Path, summary: Summary) -> Path:
+    """Write summary.json and return its path. A value that is not finite is written as null."""
+    content = asdict(summary)
+    for entry in content["estimates"].values():
+        entry["value"] = entry["value"] if math.isfinite(entry["value"]) else None
+    write_json(folder / "summary.json", content)
+    return folder / "summary.json"
+
+
+def read_summary(folder: Path | str) -> Summary:
+    """The summary of a results folder. Raises UserError when it is missing, broken or of another format version."""
+    path = Path(folder) / "summary.json"
+    content = _read_json(path)
+    wanted = {entry.name for entry in fields(Summary)}
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION or set(content) != wanted:
+        raise UserError(f"{path} is not a summary of format version {FORMAT_VERSION}; evaluate again to renew it.")
+    content["metrics"] = {
+        name: Metric(**(entry | {"columns": tuple(entry["columns"])})) for name, entry in content["metrics"].items()
+    }
+    content["estimates"] = {
+        name: Estimate(**(entry | {"value": math.nan if entry["value"] is None else entry["value"]}))
+        for name, entry in content["estimates"].items()
+    }
+    return Summary(**content)
+
+
+def write_plots(folder: Path | str, plots: Plots) -> Path:
+    """Write plots.json beside a run's other results, for the report."""
+    write_json(Path(folder) / "plots.json", asdict(plots))
+    return Path(folder) / "plots.json"
+
+
+def read_plots(folder: Path | str) -> Plots:
+    """The folder's plots, or none. Raises UserError when the file is there and not of the form of `Plots`."""
+    path = Path(folder) / "plots.json"
+    if not path.exists():
+        return Plots()
+    content = _read_json(path)
+    try:
+        return Plots(
+            attention=tuple(
+                Attention(entry["user"], entry["query"], tuple((str(text), float(w)) for text, w in entry["items"]))
+                for entry in content["attention"]
+            ),
+            points=tuple(
+                Point(float(entry["x"]), float(entry["y"]), entry["label"], entry["group"])
+                for entry in content["points"]
+            ),
+            points_title=content["points_title"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} has not the form of plots.json: {error!r}.") from error
+
+
+def load_run(folder: Path | str) -> Run:
+    """A results folder with its summary, rows and plots. Raises UserError where one of them is missing or broken."""
+    folder = Path(folder)
+    return Run(folder, read_summary(folder), read_rows(folder / "samples.jsonl"), read_plots(folder))
+
+
+def find_runs(places: Sequence[Path | str]) -> list[Run]:
+    """All runs in or below the given folders, in the order given, then by path. UserError where there is none."""
+    runs = []
+    for place in places:
+        found = sorted(path.parent for path in Path(place).rglob("summary.json"))
+        if not found:
+            raise UserError(f"No summary.json in or below {place}; give the folder of a finished evaluation.")
+        runs += [load_run(folder) for folder in found]
+    return runs
+
+
+def compare(runs: Sequence[Run], baseline: str, *, resamples: int = RESAMPLES) -> list[Comparison]:
+    """Every run against the run of stack `baseline` on the same benchmark, over the samples both have scored.
+
+    Raises UserError when no run has that stack, or when runs of one benchmark differ in its version or its data.
+    """
+    if all(run.summary.stack != baseline for run in runs):
+        known = ", ".join(sorted({run.summary.stack for run in runs}))
+        raise UserError(f'No run has the stack "{baseline}"; the stacks given are {known}.')
+    pairs = []
+    for run in runs:
+        if run.summary.stack == baseline:
+            continue
+        for other in runs:
+            if other.summary.stack == baseline and other.summary.benchmark == run.summary.benchmark:
+                for name, metric in run.summary.metrics.items():
+                    found = difference_of(run, other, name, metric, resamples=resamples)
+                    if found is not None:
+                        pairs.append((run, name, metric, found))
+                break
+    corrected = holm([found.p for *_, found in pairs])
+    result = []
+    for (run, name, metric, found), p_holm in zip(pairs, corrected, strict=True):
+        better = None if p_holm >= 0.05 else (found.value > 0) == metric.higher_is_better
+        result.append(Comparison(run.summary.benchmark, name, run.summary.stack, baseline, found, p_holm, better))
+    return result
+
+
+def difference_of(run: Run, other: Run, name: str, metric: Metric, *, resamples: int = RESAMPLES) -> Difference | None:
+    """Paired difference run minus other on one metric; None where they share no scored sample. Raises as `compare`."""
+    for key in ("benchmark_version", "data"):
+        mine, theirs = run.summary.settings[key], other.summary.settings[key]
+        if mine != theirs:
+            raise UserError(
+                f"{run.folder} and {other.folder} differ in {key} ({mine} and {theirs}), so they cannot be compared."
+            )
+    before = {row.id: row for row in other.rows if row.values}
+    shared = [row for row in run.rows if row.values and row.id in before]
+    return difference(
+        [row.values for row in shared],
+        [before[row.id].values for row in shared],
+        [row.cluster for row in shared],
+        name,
+        metric,
+        resamples=resamples,
+    )

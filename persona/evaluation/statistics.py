@@ -1,0 +1,260 @@
+"""Intervals, paired tests and their correction, all clustered: samples that share a user are not independent.
+
+Every metric here is a function of sums over rows (a mean, a root of a mean, F1 from counts), so a data set is reduced
+once to one vector of sums per cluster, and thousands of resamples become one matrix product. Only numpy is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from persona.errors import UserError
+
+RESAMPLES = 5000
+_BLOCK = 2_000_000  # entries of one block of the resampling matrix: bounds memory, not results
+_EXACT_CLUSTERS = 12  # up to here all 2^clusters swaps are enumerated instead of drawn
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """How the values of many rows become one number.
+
+    `aggregate` is a key of `AGGREGATES`. `columns` names the entries of `Score.values` it reads; empty means the one
+    entry named like the metric. `classes` is the number of labels for "macro_f1": a label that occurs nowhere still
+    counts as F1 = 0, as in LaMP's scorer.
+    """
+
+    higher_is_better: bool = True
+    aggregate: str = "mean"
+    columns: tuple[str, ...] = ()
+    classes: int | None = None
+    description: str = ""
+
+    def reads(self, name: str) -> tuple[str, ...]:
+        """The columns this metric, called `name`, takes from a row."""
+        return self.columns or (name,)
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """`rows`: columns, each [n], to the statistics [n, s] that are summed; `finish`: sums [..., s] to values [...]."""
+
+    columns: int
+    rows: Callable[[Sequence[np.ndarray], Metric], np.ndarray]
+    finish: Callable[[np.ndarray], np.ndarray]
+
+
+def _mean_rows(columns: Sequence[np.ndarray], metric: Metric) -> np.ndarray:
+    return np.stack([columns[0], np.ones_like(columns[0])], axis=-1)
+
+
+def _squared_error_rows(columns: Sequence[np.ndarray], metric: Metric) -> np.ndarray:
+    return np.stack([(columns[0] - columns[1]) ** 2, np.ones_like(columns[0])], axis=-1)
+
+
+def _ratio_rows(columns: Sequence[np.ndarray], metric: Metric) -> np.ndarray:
+    return np.stack(list(columns), axis=-1)
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return sums[..., 0] / sums[..., 1]
+
+
+def _root_ratio(sums: np.ndarray) -> np.ndarray:
+    return np.sqrt(_ratio(sums))
+
+
+def _f1_rows(columns: Sequence[np.ndarray], metric: Metric) -> np.ndarray:
+    if metric.classes is None:
+        raise UserError('A metric with aggregate "macro_f1" needs `classes`, the number of labels; it is missing.')
+    labels = np.arange(metric.classes)
+    gold, predicted = columns[0][:, None] == labels, columns[1][:, None] == labels
+    return np.concatenate([gold & predicted, gold, predicted], axis=-1).astype(np.float64)
+
+
+def _macro_f1(sums: np.ndarray) -> np.ndarray:
+    hits, gold, predicted = np.split(sums, 3, axis=-1)
+    total = gold + predicted
+    return np.where(total > 0, 2 * hits / np.where(total > 0, total, 1), 0.0).mean(axis=-1)
+
+
+AGGREGATES: dict[str, Aggregate] = {
+    "mean": Aggregate(1, _mean_rows, _ratio),
+    "rmse": Aggregate(2, _squared_error_rows, _root_ratio),  # columns: truth, prediction
+    "ratio": Aggregate(2, _ratio_rows, _ratio),  # columns: numerator, denominator (log p, tokens)
+    "macro_f1": Aggregate(2, _f1_rows, _macro_f1),  # columns: true class index, predicted class index (-1: none)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its 95 % interval; `low` and `high` are None where fewer than two clusters leave it undefined."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    n_clusters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """First run minus second on the `n` samples both scored, with interval and two-sided p-value."""
+
+    value: float
+    low: float | None
+    high: float | None
+    p: float
+    n: int
+    n_clusters: int
+
+
+def check_metric(name: str, metric: Metric) -> None:
+    """Raise UserError when the metric names an unknown aggregate or the wrong number of columns."""
+    if metric.aggregate not in AGGREGATES:
+        known = ", ".join(sorted(AGGREGATES))
+        raise UserError(f'Metric "{name}" has the aggregate "{metric.aggregate}", which is none of {known}.')
+    wanted, given = AGGREGATES[metric.aggregate].columns, len(metric.reads(name))
+    if wanted != given:
+        raise UserError(f'Metric "{name}" names {given} columns; the aggregate "{metric.aggregate}" takes {wanted}.')
+
+
+def _cluster_sums(
+    values: Sequence[Mapping[str, float]], clusters: np.ndarray, n_clusters: int, name: str, metric: Metric
+) -> np.ndarray:
+    columns = [np.array([row[column] for row in values], dtype=np.float64) for column in metric.reads(name)]
+    statistics = AGGREGATES[metric.aggregate].rows(columns, metric)
+    sums = np.zeros((n_clusters, statistics.shape[1]))
+    np.add.at(sums, clusters, statistics)
+    return sums
+
+
+def _number(clusters: Sequence[str]) -> tuple[np.ndarray, int]:
+    names, index = np.unique(np.array(clusters, dtype=object).astype(str), return_inverse=True)
+    return index, len(names)
+
+
+def _resample(n_clusters: int, resamples: int, seed: int, apply: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """`apply` to matrices [r, clusters] of how often each cluster was drawn; results joined to [resamples]."""
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK // n_clusters)
+    shares = np.full(n_clusters, 1.0 / n_clusters)
+    parts = []
+    for start in range(0, resamples, block):
+        counts = rng.multinomial(n_clusters, shares, size=min(block, resamples - start))
+        parts.append(apply(counts.astype(np.float64)))
+    return np.concatenate(parts)
+
+
+def interval(draws: np.ndarray, n_clusters: int, level: float = 0.95) -> tuple[float | None, float | None]:
+    """Expanded percentile interval of bootstrap draws [r] (Hesterberg 2015, The American Statistician 69:4).
+
+    The plain percentile interval is too narrow for few clusters; its tail shares are widened by t quantiles and by
+    sqrt(c / (c - 1)). Returns (None, None) with fewer than two clusters or when a draw is undefined.
+    """
+    if n_clusters < 2 or not np.isfinite(draws).all():
+        return None, None
+    tail = stats.norm.cdf(np.sqrt(n_clusters / (n_clusters - 1)) * stats.t.ppf((1 - level) / 2, n_clusters - 1))
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def estimate(
+    values: Sequence[Mapping[str, float]],
+    clusters: Sequence[str],
+    name: str,
+    metric: Metric,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate | None:
+    """`metric` over scored rows, with a bootstrap interval that resamples whole clusters (users).
+
+    `values`: one mapping per row; `clusters`: the row's cluster. Rows without the metric's columns are left out, and
+    None is returned where none has them. Raises UserError for a badly declared metric.
+    """
+    check_metric(name, metric)
+    keep = [i for i, row in enumerate(values) if all(column in row for column in metric.reads(name))]
+    if not keep:
+        return None
+    index, n_clusters = _number([clusters[i] for i in keep])
+    sums = _cluster_sums([values[i] for i in keep], index, n_clusters, name, metric)
+    finish = AGGREGATES[metric.aggregate].finish
+    value = float(finish(sums.sum(axis=0)))
+    draws = _resample(n_clusters, resamples, seed, lambda counts: finish(counts @ sums))
+    low, high = interval(draws, n_clusters)
+    return Estimate(value, low, high, len(keep), n_clusters)
+
+
+def difference(
+    first: Sequence[Mapping[str, float]],
+    second: Sequence[Mapping[str, float]],
+    clusters: Sequence[str],
+    name: str,
+    metric: Metric,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference | None:
+    """First minus second over paired rows: bootstrap interval by cluster, and a permutation test by cluster.
+
+    `first[i]` and `second[i]` are two runs' values of the same sample. Under the null the two runs may be swapped
+    within a cluster (for a mean: the sign of a cluster's summed difference may flip). With up to 12 clusters all
+    swaps are enumerated, else `resamples` are drawn and p = (1 + hits) / (1 + draws). None where no pair has the
+    metric's columns.
+    """
+    check_metric(name, metric)
+    needed = metric.reads(name)
+    keep = [i for i in range(len(first)) if all(column in first[i] and column in second[i] for column in needed)]
+    if not keep:
+        return None
+    index, n_clusters = _number([clusters[i] for i in keep])
+    a = _cluster_sums([first[i] for i in keep], index, n_clusters, name, metric)
+    b = _cluster_sums([second[i] for i in keep], index, n_clusters, name, metric)
+    finish = AGGREGATES[metric.aggregate].finish
+    value = float(finish(a.sum(axis=0)) - finish(b.sum(axis=0)))
+    draws = _resample(n_clusters, resamples, seed, lambda counts: finish(counts @ a) - finish(counts @ b))
+    low, high = interval(draws, n_clusters)
+    return Difference(value, low, high, _swap_test(a, b, finish, value, resamples, seed), len(keep), n_clusters)
+
+
+def _swap_test(
+    a: np.ndarray,
+    b: np.ndarray,
+    finish: Callable[[np.ndarray], np.ndarray],
+    observed: float,
+    resamples: int,
+    seed: int,
+) -> float:
+    n_clusters = len(a)
+
+    def swapped(keep: np.ndarray) -> np.ndarray:
+        return finish(keep @ a + (1 - keep) @ b) - finish(keep @ b + (1 - keep) @ a)
+
+    # Ties with the observed value must count although sums were taken in another order.
+    threshold = abs(observed) - 1e-9 * max(1.0, abs(observed))
+    if n_clusters <= _EXACT_CLUSTERS:
+        keep = (np.arange(2**n_clusters)[:, None] >> np.arange(n_clusters)) & 1
+        return float(np.mean(np.abs(swapped(keep.astype(np.float64))) >= threshold))
+    rng = np.random.default_rng([seed, 1])
+    block = max(1, _BLOCK // n_clusters)
+    hits = 0
+    for start in range(0, resamples, block):
+        keep = rng.integers(0, 2, size=(min(block, resamples - start), n_clusters))
+        hits += int(np.sum(np.abs(swapped(keep.astype(np.float64))) >= threshold))
+    return (1 + hits) / (1 + resamples)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p-values, in the order given (Holm 1979)."""
+    order = np.argsort(np.asarray(p_values, dtype=np.float64), kind="stable")
+    adjusted, running = np.empty(len(p_values)), 0.0
+    for rank, position in enumerate(order):
+        running = max(running, min(1.0, (len(p_values) - rank) * float(p_values[position])))
+        adjusted[position] = running
+    return adjusted.tolist()
