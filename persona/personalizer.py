@@ -79,21 +79,29 @@ class LanguageModel:
         self.batch_size = batch_size
         self.max_length = max_length or base.max_positions
 
-    def rows(self, requests: Sequence[Request]) -> list[Row]:
-        """Token ids and vectors in front for every request, doors one and two applied."""
+    def prompts(self, requests: Sequence[Request], reserve: int = 0) -> list[list[int]]:
+        """Token ids of every prompt, first door applied; cut so that `reserve` more positions and the reply fit."""
         prompted: list[Request] = list(requests)
         for personalizer in self.personalizers:
             prompted = personalizer.prompt(prompted)
-        vectors = [personalizer.embeddings(requests) for personalizer in self.personalizers]
-        rows = []
-        for i, request in enumerate(prompted):
-            parts = [column[i] for column in vectors if column[i] is not None]
-            prefix = torch.cat(parts) if parts else None
-            room = self.max_length
-            if room is not None:
-                room -= (0 if prefix is None else len(prefix)) + request.sampling.max_new_tokens
-            rows.append(Row(self.base.render(request.messages, room), prefix, requests[i]))
-        return rows
+        ids = []
+        for request in prompted:
+            room = None if self.max_length is None else self.max_length - reserve - request.sampling.max_new_tokens
+            ids.append(self.base.render(request.messages, room))
+        return ids
+
+    def prefixes(self, requests: Sequence[Request]) -> list[Tensor | None]:
+        """Second door: the stack's vectors in front of each request, [n, hidden] or None."""
+        columns = [personalizer.embeddings(requests) for personalizer in self.personalizers]
+        parts = [[column[i] for column in columns if column[i] is not None] for i in range(len(requests))]
+        return [torch.cat(row) if row else None for row in parts]
+
+    def rows(self, requests: Sequence[Request]) -> list[Row]:
+        """Token ids and vectors in front for every request, doors one and two applied."""
+        prefixes = self.prefixes(requests)
+        reserve = max((len(prefix) for prefix in prefixes if prefix is not None), default=0)
+        prompts = self.prompts(requests, reserve)
+        return [Row(*row) for row in zip(prompts, prefixes, requests, strict=True)]
 
     @contextmanager
     def edit(self, requests: Sequence[Request]) -> Iterator[None]:

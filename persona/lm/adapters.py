@@ -55,7 +55,8 @@ def apply(model: nn.Module, adapters: Sequence[Adapter], gates: Tensor) -> Itera
     """Within the context every adapted Linear returns `W x + sum_e gates[b, e] · scaling_e · B_e A_e x` for row b.
 
     `gates` is [B, E], one row per batch row. A batch that generation has expanded (beams) to k·B rows repeats each
-    gate k times, as generation does. Hooks are removed on leaving, exceptions included; zero gates are bitwise the base.
+    gate k times, as generation does. Hooks are removed on leaving, exceptions included. Zero gates are the base,
+    bitwise.
     Raises UserError when an adapter names a module the model does not have.
     """
     handles = []

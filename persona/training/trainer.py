@@ -1,0 +1,233 @@
+"""One training loop for every method: transformers' Trainer, with checkpoints and signals that lose nothing.
+
+A method hands over a torch module whose forward returns {"loss"} (summed over `labels`, divided by
+`num_items_in_batch`), a map-style data set and a collator; the rest is here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from persona.errors import UserError
+from persona.training.checkpoints import WholeCheckpoints, newest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainerConfig:
+    """How to train. Symbols and defaults as in the PPlug repository where it has them (lr, wd, warm-up, epochs)."""
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    warmup_ratio: float = 0.05
+    scheduler: str = "linear"
+    epochs: float = 2.0
+    max_steps: int = -1  # > 0 overrides epochs
+    batch_size: int = 16  # per process and forward
+    gradient_accumulation: int = 1
+    max_grad_norm: float = 1.0
+    precision: str = "fp32"  # fp32 | bf16 (autocast)
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    log_every: int = 10
+    eval_every: float = 0.25  # < 1: share of all steps; >= 1: steps
+    save_every: float = 0.25
+    keep_checkpoints: int = 2
+    workers: int = 0  # processes that prepare batches
+    resume: bool = True
+    wandb: str = "offline"  # offline | online | disabled
+    deepspeed: str | None = None  # path of a DeepSpeed JSON; normally left to accelerate's own config
+    cpu: bool = False  # stay on the CPU even where there is a GPU
+
+
+class Stopped(SystemExit):
+    """Training was asked to stop and saved first. Exit status 143, as for SIGTERM."""
+
+    def __init__(self, step: int, folder: Path):
+        super().__init__(143)
+        self.message = f"stopped after step {step}; the same command goes on from {folder}"
+
+
+class _Signals(TrainerCallback):
+    """SIGTERM and SIGUSR1 end the current step, save, and stop; all processes agree on the step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if _any_process(self.asked, args.device):
+            self.asked = True
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def _any_process(flag: bool, device: torch.device) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    tensor = torch.tensor(int(flag), device=device if torch.distributed.get_backend() != "gloo" else "cpu")
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return bool(tensor)
+
+
+class _Metrics(TrainerCallback):
+    """Appends every logged value to metrics.jsonl; after a resume, lines beyond the checkpoint are dropped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.started: tuple[float, int] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            kept = []
+            if self.path.is_file():
+                rows = (json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}"))
+                kept = [row for row in rows if row["step"] <= state.global_step and state.global_step > 0]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.started = (time.perf_counter(), state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **logs}
+        if self.started and state.global_step > self.started[1]:
+            samples = (state.global_step - self.started[1]) * args.train_batch_size * args.world_size
+            samples *= args.gradient_accumulation_steps
+            row["samples_per_second"] = round(samples / (time.perf_counter() - self.started[0]), 3)
+        with open(self.path, "a") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+
+class MethodTrainer(WholeCheckpoints, Trainer):
+    """Trainer over a method's module. A loss that is not finite ends the run with the step it happened in."""
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss.item()} in step {self.state.global_step + 1} (learning rate "
+                f"{self._get_learning_rate():.2e}): lower trainer.learning_rate or look at the data of that step; "
+                "the checkpoints before it are whole"
+            )
+        return loss
+
+
+@dataclass
+class Fitted:
+    """What a run leaves: the step it ended in, and every logged row."""
+
+    steps: int
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+def fit(
+    module: nn.Module,
+    train: Dataset,
+    dev: Dataset | None,
+    collate: Callable[[list[Any]], dict[str, Any]],
+    config: TrainerConfig,
+    out: Path,
+    groups: list[dict[str, Any]] | None = None,
+) -> Fitted:
+    """Train `module`'s trainable parameters; resumes from the newest whole checkpoint in `out/checkpoints`.
+
+    `groups` are optimizer parameter groups where a method wants more than one learning rate. Raises Stopped after a
+    SIGTERM or SIGUSR1 (a checkpoint is saved first), UserError for a loss that is not finite or an empty data set.
+    """
+    if len(train) == 0:  # type: ignore[arg-type]
+        raise UserError("there is nothing to train on: the training split is empty")
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise UserError("there is nothing to train: no parameter of the method is trainable")
+    folder = out / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("WANDB_MODE", config.wandb)
+    os.environ.setdefault("WANDB_DIR", str(out))
+    os.environ.setdefault("WANDB_PROJECT", "persona")
+    module.accepts_loss_kwargs = True  # the Trainer then counts labels over all processes and accumulated batches
+    evaluates = dev is not None and len(dev) > 0  # type: ignore[arg-type]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        run_name=out.name,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_ratio,
+        lr_scheduler_type=config.scheduler,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bf16",
+        gradient_checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=config.eval_every,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=config.keep_checkpoints,
+        dataloader_num_workers=config.workers,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=["wandb"] if config.wandb != "disabled" else [],
+        deepspeed=config.deepspeed,
+        use_cpu=config.cpu or not torch.cuda.is_available(),
+        prediction_loss_only=True,
+    )
+    trainer = MethodTrainer(
+        model=module,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=dev if evaluates else None,
+        data_collator=collate,
+    )
+    if groups is not None:
+        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        trainer.optimizer = torch.optim.AdamW([{**options, **group} for group in groups])
+    signals = _Signals()
+    trainer.add_callback(signals)
+    trainer.add_callback(_Metrics(out / "metrics.jsonl"))
+    last = newest(folder) if config.resume else None
+    if last is not None:
+        logger.warning("going on from %s", last)
+    with signals.listening():
+        trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    if signals.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(trainer.state.global_step, folder)
+    return Fitted(trainer.state.global_step, list(trainer.state.log_history))
