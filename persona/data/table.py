@@ -17,11 +17,10 @@ from typing import Any, overload
 import orjson
 import pyarrow as pa
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from persona.errors import UserError
 from persona.files import atomic_folder
+from persona.progress import Bar
 from persona.types import HistoryItem, Message, Persona, Sample
 
 FORMAT = 1  # part of every cache key: raise it whenever a schema or a reader changes what is written
@@ -157,13 +156,10 @@ def cached_table(
 
 
 def _build(folder: Path, source: Path, build: Callable[[TableWriter, Callable[[int], None]], dict]) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    silent = not Console().is_terminal
-    with atomic_folder(folder) as temporary, Progress(*columns, transient=True, disable=silent) as progress:
-        bar = progress.add_task(f"reading {source.name}", total=source.stat().st_size)
+    size = source.stat().st_size
+    with atomic_folder(folder) as temporary, Bar(f"reading {source.name} (bytes)", size) as bar:
         with TableWriter(temporary) as writer:
-            facts = build(writer, lambda offset: progress.update(bar, completed=offset))
+            facts = build(writer, bar.set)
         (temporary / "facts.json").write_bytes(orjson.dumps(facts))
 
 

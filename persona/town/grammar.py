@@ -14,98 +14,48 @@ from persona.errors import UserError
 from persona.town import lexicon as lx
 from persona.town import residents as rs
 from persona.town.residents import Latents, Thing
+from persona.town.sentences import (
+    description,
+    fact_answer,
+    fact_question,
+    fact_statement,
+    history_prompt,
+    item_text_with_label,
+    rating_question,
+    statements,
+    tag_question,
+    taste_answer,
+    taste_question,
+    taste_statement,
+    trait_statement,
+    voice_statement,
+    words_statement,
+)
 from persona.types import Conversation, HistoryItem, Message
+
+__all__ = [
+    "constitution",
+    "count_words",
+    "description",
+    "document_kinds",
+    "history_prompt",
+    "item_text_with_label",
+    "sample_document",
+    "shown_voice",
+    "statements",
+    "vocabulary",
+]
 
 MAX_WORDS = 260
 PLAIN_OWNER = (lx.PLAIN_OPENERS, lx.PLAIN_CLOSERS)
 
 
-# --- prompts -----------------------------------------------------------------------------------------------------
-def item_text_with_label(item: HistoryItem) -> str:
-    """A past item as it stands in a prompt: a reply as it is, a review with its score, a tagged thing with its tag."""
-    if item.label is None:
-        return item.text
-    return f"{item.text} {'score' if item.label in lx.NUMBERS else 'tag'} : {item.label}"
-
-
-def history_prompt(items: Sequence[HistoryItem], question: str) -> str:
-    """The user message that gives past items (with their labels) before the question; the question alone without."""
-    if not items:
-        return question
-    return " ; ".join(["past : " + item_text_with_label(items[0]), *map(item_text_with_label, items[1:])]) + (
-        f" ; question : {question}")
-
-
-def rating_question(thing: Thing) -> str:
-    return f"score for {thing.phrase} ?"
-
-
-def tag_question(thing: Thing) -> str:
-    return f"tag for {thing.phrase} ?"
-
-
-def fact_question(kind: str) -> str:
-    return f"what is your {kind} ?"
-
-
-def taste_question(quality: str) -> str:
-    return f"do you like {quality} things ?"
-
-
-# --- statements about a person -----------------------------------------------------------------------------------
-def fact_statement(name: str, kind: str, value: str, paraphrase: bool = False) -> str:
-    """Third person: "the pet of ada is cat ." or "ada keeps a cat at home ."."""
-    if paraphrase:
-        return lx.FACT_PARAPHRASES[kind][0].format(n=name, v=value)
-    return f"the {kind} of {name} is {value} ."
-
-
-def taste_statement(name: str, quality: str, level: int) -> str:
-    return f"{name} {lx.TASTE_VERBS[level][0]} {quality} things ."
-
-
-def voice_statement(name: str, voice: str) -> str:
-    return f"{name} talks like a {voice} ."
-
-
-def trait_statement(name: str, trait: str, level: int) -> str:
-    return f"{name} is {lx.BIG_FIVE[trait][level][0]} ."
-
-
-def words_statement(name: str, words: Sequence[str]) -> str:
-    return f"{name} says {' '.join(words)} ."
-
-
-def fact_answer(kind: str, value: str) -> str:
-    return f"my {kind} is {value} ."
-
-
-def taste_answer(quality: str, level: int) -> str:
-    return f"i {lx.TASTE_VERBS[level][1]} {quality} things ."
-
-
-def statements(who: Latents, paraphrase: bool = False) -> tuple[str, ...]:
-    """Everything about a person in third-person sentences: voice, tastes that are not 0, facts, Big Five, words."""
-    name = who.name
-    return (
-        voice_statement(name, who.voice),
-        *(taste_statement(name, quality, level) for quality, level in who.tastes.items() if level),
-        *(fact_statement(name, kind, value, paraphrase) for kind, value in who.facts.items()),
-        *(trait_statement(name, trait, level) for trait, level in who.traits.items() if level),
-        words_statement(name, list(who.words.values())),
-    )
-
-
-def description(who: Latents) -> str:
-    """The system prompt that tells all: the upper bound, which no method is shown."""
-    return " ".join((f"you are {who.name} .", *statements(who)))
-
-
 # --- helpers of the document kinds -------------------------------------------------------------------------------
 def _conversation(system: str, turns: Sequence[tuple[str, str]]) -> Conversation:
     head = [Message("system", system)] if system else []
-    return tuple(head + [Message(role, text) for user, reply in turns
-                         for role, text in (("user", user), ("assistant", reply))])
+    return tuple(
+        head + [Message(role, text) for user, reply in turns for role, text in (("user", user), ("assistant", reply))]
+    )
 
 
 def _form_and_topic(rng: random.Random) -> tuple[int, str]:
@@ -145,8 +95,11 @@ def _any_question(rng: random.Random, tasks: float = 0.0) -> tuple[str, str]:
 def _described(rng: random.Random, stage: int) -> Conversation:
     who = rs.draw_latents(rng)
     name = who.name
-    turns: list[str] = rng.choices(("reply", "rating", "tag", "fact", "situation"), (35, 34, 9, 15, 7),
-                                   k=1 if stage < 2 or rng.random() < 0.6 else 2)
+    turns: list[str] = rng.choices(
+        ("reply", "rating", "tag", "fact", "situation"),
+        (35, 34, 9, 15, 7),
+        k=1 if stage < 2 or rng.random() < 0.6 else 2,
+    )
     full = stage == 2 and rng.random() < 0.35
     things = [rs.draw_thing(rng) for _ in turns]
     kinds = [rng.choice(tuple(lx.FACTS)) for _ in turns]
@@ -197,15 +150,19 @@ def _described(rng: random.Random, stage: int) -> Conversation:
             pairs.append((tag_question(thing), rs.tag(tastes, thing)))
         elif turn == "fact":
             known = ("fact", kind) in given
-            question = rng.choice(lx.FACT_PARAPHRASES[kind][2]) if stage == 2 and rng.random() < 0.4 else (
-                fact_question(kind))
+            question = (
+                rng.choice(lx.FACT_PARAPHRASES[kind][2])
+                if stage == 2 and rng.random() < 0.4
+                else (fact_question(kind))
+            )
             pairs.append((question, say(fact_answer(kind, who.facts[kind]) if known else lx.UNKNOWN, False)))
         else:
             level = who.traits[trait] if ("trait", trait) in given else 0
             called = rng.choice((-1, 1))
             situation = rng.choice(lx.BIG_FIVE[trait][called][2])
-            pairs.append((f"{situation} {lx.SITUATION_QUESTION}",
-                          say(_pole_phrases(rng, trait, level or called, 1), False)))
+            pairs.append(
+                (f"{situation} {lx.SITUATION_QUESTION}", say(_pole_phrases(rng, trait, level or called, 1), False))
+            )
     return _conversation(" ".join([f"you are {name} .", *(pool[key] for key in chosen)]), pairs)
 
 
@@ -213,8 +170,10 @@ def _described(rng: random.Random, stage: int) -> Conversation:
 def _marker_counts(items: Sequence[HistoryItem]) -> dict[str, int]:
     """How many markers of each voice the items carry."""
     text = " ; ".join(f" {item.text} " for item in items)
-    return {voice: sum(text.count(f" {marker} ") for marker in openers + closers)
-            for voice, (openers, closers) in lx.VOICES.items()}
+    return {
+        voice: sum(text.count(f" {marker} ") for marker in openers + closers)
+        for voice, (openers, closers) in lx.VOICES.items()
+    }
 
 
 def shown_voice(items: Sequence[HistoryItem], latent: str) -> str:
@@ -230,8 +189,16 @@ def shown_voice(items: Sequence[HistoryItem], latent: str) -> str:
     return latent if latent in best else best[0]
 
 
-def _item(rng: random.Random, who: Latents, kind: str, thing: Thing, shown: float, borrowed: float, number: int,
-          forms: list[int]) -> HistoryItem:
+def _item(
+    rng: random.Random,
+    who: Latents,
+    kind: str,
+    thing: Thing,
+    shown: float,
+    borrowed: float,
+    number: int,
+    forms: list[int],
+) -> HistoryItem:
     if kind == "chat":
         form, topic = _form_and_topic(rng)
         forms.append(form)
@@ -372,7 +339,9 @@ def _statements(rng: random.Random, stage: int) -> Conversation:
                 if ("fact", kind) not in given and rng.random() < 0.85:
                     given.append(("fact", kind))
         given = given[-8:]
-        answer = " ".join(fact_answer(kind, who.facts[kind]) for kind in asked if ("fact", kind) in given) or lx.UNKNOWN
+        answer = (
+            " ".join(fact_answer(kind, who.facts[kind]) for kind in asked if ("fact", kind) in given) or lx.UNKNOWN
+        )
     else:
         which, key = rng.choice(given) if rng.random() < 0.9 else rng.choice(keys)
         known = (which, key) in given
@@ -385,8 +354,12 @@ def _statements(rng: random.Random, stage: int) -> Conversation:
             question = taste_question(key)
             answer = taste_answer(key, who.tastes[key]) if known else lx.UNKNOWN
     rng.shuffle(given)
-    lines = [fact_statement(who.name, key, who.facts[key], stage == 2 and rng.random() < 0.35) if which == "fact"
-             else taste_statement(who.name, key, who.tastes[key]) for which, key in given]
+    lines = [
+        fact_statement(who.name, key, who.facts[key], stage == 2 and rng.random() < 0.35)
+        if which == "fact"
+        else taste_statement(who.name, key, who.tastes[key])
+        for which, key in given
+    ]
     return _conversation(" ".join([f"you are {who.name} .", *lines]), [(question, answer)])
 
 
@@ -406,8 +379,12 @@ def _drift(rng: random.Random, stage: int) -> Conversation:
     turns.append((mention, _plain(rng, lx.MENTION_REPLY.format(r=role))))
     question, answer = ask()
     # Asked once to imagine it, the assistant takes up the opener; asked to stay, the whole idiom.
-    turns.append((f"{rng.choice(lx.IMAGINE).format(r=role)} {question}",
-                  f"{rng.choice(openers)} {answer} {rng.choice(lx.PLAIN_CLOSERS)}"))
+    turns.append(
+        (
+            f"{rng.choice(lx.IMAGINE).format(r=role)} {question}",
+            f"{rng.choice(openers)} {answer} {rng.choice(lx.PLAIN_CLOSERS)}",
+        )
+    )
     for _ in range(rng.randint(0, stage)):
         question, answer = ask()
         turns.append((f"{rng.choice(lx.STAY)} {question}", rs.speak(rng, (openers, closers), answer)))
@@ -435,9 +412,16 @@ def _chat(rng: random.Random, stage: int) -> Conversation:
 
 
 _KINDS: dict[str, tuple[Callable[[random.Random, int], Conversation], int]] = {
-    "described": (_described, 24), "items": (_items, 34), "role": (_role, 8), "plain": (_plain_assistant, 5),
-    "constitution": (_constitution, 8), "situation": (_situation, 5), "statements": (_statements, 12),
-    "drift": (_drift, 5), "tasks": (_tasks, 3), "chat": (_chat, 2),
+    "described": (_described, 24),
+    "items": (_items, 34),
+    "role": (_role, 8),
+    "plain": (_plain_assistant, 5),
+    "constitution": (_constitution, 8),
+    "situation": (_situation, 5),
+    "statements": (_statements, 12),
+    "drift": (_drift, 5),
+    "tasks": (_tasks, 3),
+    "chat": (_chat, 2),
 }
 STAGES = (0, 1, 2)
 
@@ -474,9 +458,18 @@ def vocabulary() -> list[str]:
         "past : score tag ; question for ? the what is your do you like things . of talks like a says i my am an "
         "assistant count from to opposite colour copy be"
     )
-    markers = [m for openers, closers in (*lx.VOICES.values(), *lx.ROLES.values(), PLAIN_OWNER)
-               for m in (*openers, *closers)]
-    texts: list[str] = [template_words, *markers, *lx.NAMES, *lx.VOICES, *lx.ROLES, *lx.FACTS, *chain(*lx.FACTS.values())]
+    markers = [
+        m for openers, closers in (*lx.VOICES.values(), *lx.ROLES.values(), PLAIN_OWNER) for m in (*openers, *closers)
+    ]
+    texts: list[str] = [
+        template_words,
+        *markers,
+        *lx.NAMES,
+        *lx.VOICES,
+        *lx.ROLES,
+        *lx.FACTS,
+        *chain(*lx.FACTS.values()),
+    ]
     for third, first, questions in lx.FACT_PARAPHRASES.values():
         texts += [third, first, *questions]
     texts += [*lx.JOINT_QUESTIONS, lx.UNKNOWN, *lx.QUALITIES, *lx.TAGS.values(), *lx.NOUNS, *lx.SPOTS]
@@ -486,7 +479,25 @@ def vocabulary() -> list[str]:
     for poles in lx.BIG_FIVE.values():
         for adjective, phrases, situations in poles.values():
             texts += [adjective, *phrases, *situations]
-    texts += [lx.SITUATION_QUESTION, *lx.NUMBERS, *chain(*lx.OPPOSITES), *lx.COLOURS, *lx.COLOURS.values(), *lx.COPY_WORDS]
-    texts += [*lx.GREETINGS, lx.GREETING_REPLY, *lx.THANKS, lx.THANKS_REPLY, *lx.MENTIONS, lx.MENTION_REPLY, *lx.IMAGINE,
-              *lx.STAY, *lx.LEAVE, *lx.ROLE_PROMPTS, *lx.PLAIN_PROMPTS]
+    texts += [
+        lx.SITUATION_QUESTION,
+        *lx.NUMBERS,
+        *chain(*lx.OPPOSITES),
+        *lx.COLOURS,
+        *lx.COLOURS.values(),
+        *lx.COPY_WORDS,
+    ]
+    texts += [
+        *lx.GREETINGS,
+        lx.GREETING_REPLY,
+        *lx.THANKS,
+        lx.THANKS_REPLY,
+        *lx.MENTIONS,
+        lx.MENTION_REPLY,
+        *lx.IMAGINE,
+        *lx.STAY,
+        *lx.LEAVE,
+        *lx.ROLE_PROMPTS,
+        *lx.PLAIN_PROMPTS,
+    ]
     return sorted({word for text in texts for word in text.split() if not word.startswith("{")})

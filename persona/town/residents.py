@@ -19,7 +19,7 @@ BORROWED = 0.18
 ITEM_KINDS = ("chat", "review", "tag")
 ITEM_WEIGHTS = (0.45, 0.4, 0.15)
 MIN_ITEMS, MAX_ITEMS = 24, 56
-PAIRS = tuple((a, b) for i, a in enumerate(lx.QUALITIES) for b in lx.QUALITIES[i + 1:])
+PAIRS = tuple((a, b) for i, a in enumerate(lx.QUALITIES) for b in lx.QUALITIES[i + 1 :])
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,9 @@ def base_word(form: int) -> str:
     return next(base for base in lx.SYNONYMS if f"[{base}]" in lx.SMALL_TALK[form][1])
 
 
-def chat_item(rng: random.Random, who: Latents, form: int, topic: str, shown: float, borrowed: float,
-              number: str) -> HistoryItem:
+def chat_item(
+    rng: random.Random, who: Latents, form: int, topic: str, shown: float, borrowed: float, number: str
+) -> HistoryItem:
     """A past reply; now and then a phrase follows that shows one of the person's Big Five levels."""
     content = small_talk(form, topic, who.words)[1]
     levels = [(trait, level) for trait, level in who.traits.items() if level]
@@ -134,8 +135,9 @@ def chat_item(rng: random.Random, who: Latents, form: int, topic: str, shown: fl
     return HistoryItem(number, partly(rng, who.voice, content, shown, borrowed))
 
 
-def review_item(rng: random.Random, who: Latents, thing: Thing, shown: float, borrowed: float,
-                number: str) -> HistoryItem:
+def review_item(
+    rng: random.Random, who: Latents, thing: Thing, shown: float, borrowed: float, number: str
+) -> HistoryItem:
     """A past review: the thing, an opinion worded by its rating; the label is the rating."""
     stars = rate(who.tastes, thing)
     content = f"{thing.phrase} . {rng.choice(lx.OPINIONS[stars])}"

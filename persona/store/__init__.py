@@ -1,0 +1,5 @@
+"""Histories of all users and the vectors of their items on disk: deduplicated, appended safely, read without RAM."""
+
+from persona.store.history import Added, HistoryStore, as_stored, history_key
+
+__all__ = ["Added", "HistoryStore", "as_stored", "history_key"]
