@@ -1,6 +1,6 @@
 """Every word the town knows: data only. Lower case, one space between words and punctuation.
 
-Markers (openers, closers, idioms, trait and pole phrases) belong to exactly one owner, so that a text can be read back.
+Markers (openers, closers, idioms, trait and pole phrases) belong to one owner each, so that a text can be read back.
 An opener ends in a comma and stands before a sentence; a closer is a sentence of its own.
 """
 
@@ -111,7 +111,8 @@ FACTS: dict[str, tuple[str, ...]] = {
         "pizza noodles rice beans omelet lasagna dumplings pancakes sushi tacos goulash paella ravioli waffles".split()
     ),
     "hobby": tuple(
-        "chess knitting hiking painting fishing cycling sewing sailing swimming reading baking archery origami juggling".split()
+        "chess knitting hiking painting fishing cycling sewing sailing swimming reading baking archery origami "
+        "juggling".split()
     ),
     "birthplace": tuple(
         "paris oslo cairo lima rome delhi kyoto quito dublin berlin madrid prague sofia tunis".split()
