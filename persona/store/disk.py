@@ -31,6 +31,7 @@ MANIFEST = "store.json"
 BLOCK_BYTES = 32 << 20
 MERGE_ROWS = 1 << 18
 ENTRY_BYTES = 24
+RESIDENT_ENTRIES = 1 << 20  # larger segments give their pages back after each look-up
 COLUMN = np.dtype("<u8")
 
 
@@ -40,7 +41,7 @@ def digest_keys(contents: Iterable[bytes]) -> np.ndarray:
     return np.frombuffer(digests, dtype=COLUMN).reshape(-1, 2)
 
 
-def _hex(data: bytes | mmap.mmap) -> str:
+def _hex(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
@@ -111,7 +112,7 @@ class Manifest:
         return cls(**body)
 
 
-# --- append-only files ------------------------------------------------------------------------------------------------
+# --- append-only files ----------------------------------------------------------------------------
 
 
 def append(path: Path, state: FileState, chunks: Iterable[bytes | memoryview]) -> FileState:
@@ -153,11 +154,15 @@ def open_committed(path: Path, state: FileState) -> BinaryIO:
     return stream
 
 
-def check_blocks(path: Path, stream: BinaryIO, state: FileState) -> None:
-    """Compare the committed part with its digests. Raises UserError naming the file and the damaged block."""
+def check_blocks(path: Path, stream: BinaryIO, state: FileState, checked: FileState | None = None) -> None:
+    """Compare the committed part with its digests, without the blocks that were found right when it was `checked`.
+
+    Raises UserError naming the file and the damaged block.
+    """
     start = 0
-    for end, digest in state.blocks:
-        if _hex(pread(stream, start, end - start)) != digest:
+    known = () if checked is None else checked.blocks
+    for number, (end, digest) in enumerate(state.blocks):
+        if known[number : number + 1] != ((end, digest),) and _hex(pread(stream, start, end - start)) != digest:
             raise UserError(f"{path} is damaged: bytes {start} to {end} do not fit their digest in {MANIFEST}")
         start = end
 
@@ -185,7 +190,7 @@ def pread_into(stream: BinaryIO, offset: int, target: memoryview) -> None:
         offset += done
 
 
-# --- key indexes ------------------------------------------------------------------------------------------------------
+# --- key indexes ----------------------------------------------------------------------------------
 
 
 class Segment:
@@ -203,13 +208,18 @@ class Segment:
         self.high, self.low, self.value = columns
         self._checked = False
 
-    def check(self) -> None:
+    def check(self, again: bool = False) -> None:
         """Raises UserError when the file's bytes do not fit their digest. Done once, at the first look-up."""
-        if not self._checked:
-            if _hex(self._map) != self.state.digest:
-                raise UserError(f"{self.path} is damaged: its bytes do not fit their digest in {MANIFEST}")
-            self._checked = True
-            self.release()
+        if self._checked and not again:
+            return
+        digest = hashlib.blake2b(digest_size=16)
+        with memoryview(self._map) as view:
+            for start in range(0, len(view), BLOCK_BYTES):
+                digest.update(view[start : start + BLOCK_BYTES])
+                self.release()
+        if digest.hexdigest() != self.state.digest:
+            raise UserError(f"{self.path} is damaged: its bytes do not fit their digest in {MANIFEST}")
+        self._checked = True
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """[m, 2] → [m] int64 values, -1 where the key is not here."""
@@ -225,6 +235,8 @@ class Segment:
             found[left[hit]] = self.value[at[left[hit]]]
             left = left[same & ~hit]
             at[left] += 1
+        if self.state.entries > RESIDENT_ENTRIES:
+            self.release()
         return found
 
     def release(self) -> None:
@@ -248,10 +260,6 @@ class KeyIndex:
                 break
             found[missing] = segment.find(keys[missing])
         return found
-
-    def release(self) -> None:
-        for segment in self.segments:
-            segment.release()
 
 
 def _write_segment(folder: Path, name: str, parts: Iterator[np.ndarray], entries: int) -> SegmentState:
@@ -310,7 +318,11 @@ def add_keys(folder: Path, index: KeyIndex, label: str, keys: np.ndarray, values
     return [segment.state for segment in segments]
 
 
-# --- the writer's lock ------------------------------------------------------------------------------------------------
+# --- the writer's lock ----------------------------------------------------------------------------
+
+
+class StoreBusy(UserError):
+    """Another process is writing; readers go on undisturbed."""
 
 
 @contextmanager
@@ -320,7 +332,7 @@ def write_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         strangers = [path.name for path in folder.iterdir() if path.name != "lock"]
         if strangers and not (folder / MANIFEST).exists() and not (folder / "lock").exists():
-            raise UserError(f"{folder} is not a history store and not empty (it holds {strangers[0]}); name another folder")
+            raise UserError(f"{folder} is not a history store and holds {strangers[0]}; name another folder")
         stream = open(folder / "lock", "a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder} could not be written to: {error.strerror}") from error
@@ -330,7 +342,7 @@ def write_lock(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             stream.seek(0)
             holder = stream.read().strip() or "another process"
-            raise UserError(f"{folder} is being written by {holder}; wait until it is done or stop it") from error
+            raise StoreBusy(f"{folder} is being written by {holder}; wait until it is done or stop it") from error
         stream.seek(0)
         stream.truncate()
         stream.write(f"process {os.getpid()} on {socket.gethostname()}")

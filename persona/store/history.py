@@ -6,9 +6,7 @@ Built once (`add`), then read by training and inference alike: the rounded numbe
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +19,10 @@ from persona.errors import UserError
 from persona.progress import Bar
 from persona.store import disk
 from persona.store.disk import FileState, KeyIndex, Manifest
+from persona.store.writer import DTYPES, FILES, Added, Writer
 
-DTYPES = ("float16", "float32")
-FILES = ("vectors", "texts", "text_ends", "histories")
 INDEXES = ("items", "users")
 RECORD_HEAD = 64  # items read together with a history's length: most histories need one read
-
-
-@dataclass(frozen=True, slots=True)
-class Added:
-    """What one call of `add` did: histories and texts that were new, and those that the store had already."""
-
-    histories: int
-    texts: int
-    known_histories: int
-    known_texts: int
 
 
 def history_key(persona_id: str, texts: Sequence[str]) -> str:
@@ -76,7 +63,7 @@ class HistoryStore:
         # A worker process opens its own descriptors; it reads and has no need of the encoder.
         return HistoryStore, (self.folder,)
 
-    # --- opening ------------------------------------------------------------------------------------------------------
+    # --- opening ----------------------------------------------------------------------------------
 
     def refresh(self) -> None:
         """See what is committed by now."""
@@ -132,7 +119,7 @@ class HistoryStore:
     def n_histories(self) -> int:
         return 0 if self._manifest is None else self._manifest.histories
 
-    # --- writing ------------------------------------------------------------------------------------------------------
+    # --- writing ----------------------------------------------------------------------------------
 
     def add(
         self, histories: Iterable[tuple[str, Sequence[str]]], *, progress: bool = True, chunk: int = 4096
@@ -143,8 +130,6 @@ class HistoryStore:
         histories and it goes on. Keys are any strings (`history_key`). Raises UserError when a key is there already
         with other texts, when new texts need an encoder and there is none, and when another process is writing.
         """
-        from persona.store.writer import Writer
-
         total = len(histories) if isinstance(histories, Sized) else None
         with disk.write_lock(self.folder), Bar("histories", total, progress) as bar:
             return Writer(self, bar, chunk).add(histories)
@@ -155,12 +140,10 @@ class HistoryStore:
         For vectors made elsewhere and for synthetic ones; a text that is there already keeps its vector. Raises
         UserError on another number or width of vectors, and on numbers the dtype cannot hold.
         """
-        from persona.store.writer import Writer
-
         with disk.write_lock(self.folder):
             return Writer(self, Bar("", None, False), chunk=1).add_vectors(texts, vectors)
 
-    # --- reading ------------------------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------
 
     def __contains__(self, key: str) -> bool:
         return "users" in self._indexes and self._positions([key])[0] >= 0
@@ -179,7 +162,7 @@ class HistoryStore:
             raise UserError(f"{self.folder} holds vectors but no history yet; add the histories first")
         stream, state = self._streams["histories"], manifest.files["histories"]
         if self._histories_checked != state:
-            disk.check_blocks(self.folder / "histories.bin", stream, state)
+            disk.check_blocks(self.folder / "histories.bin", stream, state, self._histories_checked)
             self._histories_checked = state
         result = []
         for key, position in zip(keys, self._positions(keys), strict=True):
@@ -196,12 +179,10 @@ class HistoryStore:
         """int64 [n]: the row of each text, -1 where the store does not have it."""
         if "items" not in self._indexes:
             return np.full(len(texts), -1, dtype=np.int64)
-        found = self._indexes["items"].find(disk.digest_keys(text.encode("utf-8", "surrogatepass") for text in texts))
-        self._indexes["items"].release()
-        return found
+        return self._indexes["items"].find(disk.digest_keys(text.encode("utf-8", "surrogatepass") for text in texts))
 
     def read(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """float32 [n, d]: the vectors of `rows`, read from the file and not mapped, so that they leave no trace in RAM.
+        """float32 [n, d]: the vectors of `rows`. They are read, not mapped: mapped pages would count as memory used.
 
         Each different row is read once, neighbours in one call. Raises UserError on a row that is not there.
         """
@@ -285,7 +266,7 @@ class HistoryStore:
                     segment.check(again=True)
                 bar.advance()
 
-    # --- searching ----------------------------------------------------------------------------------------------------
+    # --- searching --------------------------------------------------------------------------------
 
     def search_history(self, keys: Sequence[str], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k items of history i nearest to query i by dot product, exactly.
@@ -319,7 +300,3 @@ def _same_encoder(
             f"{folder} was made with the encoder {stored['name']} ({name} {stored.get(name)!r}); "
             f"this is {given['name']} ({name} {given[name]!r}): use that encoder or another folder"
         )
-
-
-def new_manifest(dim: int, dtype: str | None, encoder: dict[str, str | int | bool] | None) -> Manifest:
-    return Manifest(dim, dtype or DTYPES[0], encoder, identity=uuid.uuid4().hex)

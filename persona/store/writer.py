@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,8 +17,20 @@ from persona.store.disk import FileState, KeyIndex, Manifest
 if TYPE_CHECKING:
     from persona.store.history import HistoryStore
 
+DTYPES = ("float16", "float32")
+FILES = ("vectors", "texts", "text_ends", "histories")
 # References of histories that wait for one commit, at most, when few of their texts are new.
 MAX_WAITING = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What one call of `add` did: histories and texts that were new, and those that the store had already."""
+
+    histories: int
+    texts: int
+    known_histories: int
+    known_texts: int
 
 
 def _utf8(text: str, where: str) -> bytes:
@@ -40,9 +54,7 @@ class Writer:
         self.waiting = 0
         self.seen = self.n_histories = self.n_texts = self.known_histories = self.known_texts = 0
 
-    def add(self, histories: Iterable[tuple[str, Sequence[str]]]) -> "object":
-        from persona.store.history import Added
-
+    def add(self, histories: Iterable[tuple[str, Sequence[str]]]) -> Added:
         window: list[tuple[str, list[bytes], list[bytes]]] = []
         size = 0
         for key, texts in histories:
@@ -93,9 +105,7 @@ class Writer:
     def _find(self, index: str, keys: Sequence[bytes]) -> np.ndarray:
         if index not in self.store._indexes or not keys:
             return np.full(len(keys), -1, dtype=np.int64)
-        found = self.store._indexes[index].find(np.frombuffer(b"".join(keys), dtype=disk.COLUMN).reshape(-1, 2))
-        self.store._indexes[index].release()
-        return found
+        return self.store._indexes[index].find(np.frombuffer(b"".join(keys), dtype=disk.COLUMN).reshape(-1, 2))
 
     def _commit(self) -> None:
         """Encode the new texts, `chunk` at a time, then record the histories that waited for them."""
@@ -143,11 +153,10 @@ class Writer:
     def _append(self, keys: list[bytes], contents: list[bytes], vectors: np.ndarray | None, histories: bool) -> None:
         """One commit: everything is on disk before the manifest that names it replaces the old one."""
         store, folder = self.store, self.store.folder
-        manifest = store._manifest or self._new(0 if vectors is None else vectors.shape[1])
-        files = {name: manifest.files.get(name, FileState()) for name in ("vectors", "texts", "text_ends", "histories")}
+        manifest = store._manifest or self._new(vectors)
+        files = {name: manifest.files.get(name, FileState()) for name in FILES}
         indexes = dict(manifest.indexes)
         label = f"{manifest.generation + 1:08d}"
-        dropped: set[str] = set()
 
         def index(name: str, new_keys: Sequence[bytes], values: np.ndarray) -> None:
             array = np.frombuffer(b"".join(new_keys), dtype=disk.COLUMN).reshape(-1, 2)
@@ -176,23 +185,22 @@ class Writer:
             files["histories"] = disk.append(folder / "histories.bin", files["histories"], records)
             index("users", list(self.histories), np.array(positions, dtype=np.int64))
             n_histories += len(positions)
-        dropped = {s.name for states in manifest.indexes.values() for s in states}
         after = disk.updated(
             manifest, rows=manifest.rows + len(keys), histories=n_histories, files=files, indexes=indexes
         )
         after.save(folder)
         store._adopt(after)
-        dropped -= {s.name for states in indexes.values() for s in states}
-        for name in dropped:
-            (folder / name).unlink(missing_ok=True)
         disk.clean(folder, after)
 
-    def _new(self, dim: int) -> Manifest:
-        from persona.store.history import new_manifest
-
+    def _new(self, vectors: np.ndarray | None) -> Manifest:
         encoder = self.store.encoder
-        return new_manifest(
-            dim if encoder is None else encoder.dim, self.store._dtype, None if encoder is None else encoder.fingerprint
+        if encoder is None and vectors is None:
+            raise UserError(f"{self.store.folder} is new and no encoder was given, so its vectors' width is not known")
+        return Manifest(
+            dim=vectors.shape[1] if encoder is None else encoder.dim,
+            dtype=self.store._dtype or DTYPES[0],
+            encoder=None if encoder is None else encoder.fingerprint,
+            identity=uuid.uuid4().hex,
         )
 
     def _rounded(self, manifest: Manifest, vectors: np.ndarray, contents: list[bytes]) -> np.ndarray:
@@ -202,7 +210,6 @@ class Writer:
             rounded = np.ascontiguousarray(vectors, dtype=manifest.dtype)
         wrong = np.flatnonzero(~np.isfinite(rounded).all(axis=1))
         if wrong.size:
-            raise UserError(
-                f"the vector of {contents[wrong[0]].decode('utf-8', 'replace')!r:.80} is not finite in {manifest.dtype}"
-            )
+            text = contents[wrong[0]].decode("utf-8", "replace")
+            raise UserError(f"the vector of {text!r:.80} is not finite in {manifest.dtype}")
         return rounded
