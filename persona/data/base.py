@@ -31,6 +31,7 @@ class Task:
     a prompt with that part replaced by `text`; `join(snippets, prompt)` puts the snippets and the prompt together.
     `inline` says that `join` inserts them into the prompt instead of writing them in front of it; `trailing` is the
     fixed phrase that `join` puts between the snippets and the prompt. Both are needed to count tokens.
+    `example(item)` is a past item as a (prompt, reply) pair to train on, None where the item gives none.
     `metrics` names what `persona.benchmarks.lamp.score` or a benchmark reports for it.
     """
 
@@ -46,6 +47,7 @@ class Task:
     metrics: tuple[str, ...] = ()
     inline: bool = False
     trailing: str = ""
+    example: Callable[[HistoryItem], tuple[str, str] | None] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

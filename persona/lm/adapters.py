@@ -93,3 +93,41 @@ def _hook(down: Tensor, up: Tensor, per_rank: Tensor):
         return output + low @ up.T
 
     return add
+
+
+@contextmanager
+def apply_own(
+    model: nn.Module, modules: dict[str, tuple[Tensor, Tensor]], owners: Sequence[int], scaling: float
+) -> Iterator[None]:
+    """Each row its own adapter out of many: row b adds `scaling · B[o] A[o] x` with o = owners[b], nothing if o < 0.
+
+    `modules` maps a module's name to A [U, r, in] and B [U, out, r]; gradients flow into both. Beams and removal as in
+    `apply`. Raises UserError when a module is not in the model.
+    """
+    handles = []
+    names = dict(model.named_modules())
+    missing = sorted(set(modules) - set(names))
+    if missing:
+        raise UserError(f"the adapters change module {missing[0]!r}, which this base LM does not have")
+    present = torch.tensor([float(owner >= 0) for owner in owners])
+    index = torch.tensor([max(owner, 0) for owner in owners], dtype=torch.long)
+    try:
+        if bool(present.any()):
+            for name, (down, up) in modules.items():
+                handles.append(names[name].register_forward_hook(_own_hook(down, up, index, present * scaling)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _own_hook(down: Tensor, up: Tensor, index: Tensor, factor: Tensor):
+    def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        x = args[0]
+        repeats = x.shape[0] // len(index)
+        rows = index.repeat_interleave(repeats).to(down.device)
+        scale = factor.repeat_interleave(repeats).to(x)[:, None, None]
+        low = torch.bmm(x, down[rows].to(x).transpose(1, 2)) * scale
+        return output + torch.bmm(low, up[rows].to(x).transpose(1, 2))
+
+    return add

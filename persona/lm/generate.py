@@ -76,7 +76,6 @@ def _fields(sampling: Sampling) -> dict:
 
 
 def _generate(base: BaseLM, rows: Sequence[Row], batch: list[int], sampling: Sampling, edit: Edit) -> list[Response]:
-    inputs = assemble(base, [rows[i] for i in batch])
     recorder = _Recorder()
     processors = LogitsProcessorList([recorder] if sampling.num_beams == 1 else [])
     if sampling.num_beams == 1 and sampling.temperature > 0:
@@ -95,7 +94,8 @@ def _generate(base: BaseLM, rows: Sequence[Row], batch: list[int], sampling: Sam
         stop_strings=list(sampling.stop) or None,
         use_cache=True,
     )
-    with edit(batch):
+    with edit(batch):  # the embeddings too: a personalizer may exchange them
+        inputs = assemble(base, [rows[i] for i in batch])
         output = base.model.generate(
             inputs_embeds=inputs.embeds,
             attention_mask=inputs.mask,

@@ -44,7 +44,6 @@ def score(
 
 
 def _score_batch(base, rows, continuations, edit: Edit, batch: list[int], result: list[list[Tensor]]) -> None:
-    inputs = assemble(base, [rows[i] for i in batch])
     device = base.device
     owner = [k for k, i in enumerate(batch) for _ in continuations[i]]  # the batch row of each option
     options = [list(option) for i in batch for option in continuations[i]]
@@ -58,6 +57,7 @@ def _score_batch(base, rows, continuations, edit: Edit, batch: list[int], result
 
     if base.is_encoder_decoder:
         with edit(batch):
+            inputs = assemble(base, [rows[i] for i in batch])
             encoded = base.model.get_encoder()(inputs_embeds=inputs.embeds, attention_mask=inputs.mask)
         with edit(option_rows):
             logits = base.model(
@@ -68,6 +68,7 @@ def _score_batch(base, rows, continuations, edit: Edit, batch: list[int], result
     else:
         cache = DynamicCache(config=base.model.config)
         with edit(batch):
+            inputs = assemble(base, [rows[i] for i in batch])
             prompt = base.model(
                 inputs_embeds=inputs.embeds,
                 attention_mask=inputs.mask,

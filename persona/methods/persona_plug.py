@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -33,7 +34,7 @@ from persona.errors import UserError
 from persona.lm import BaseLM, Row, assemble
 from persona.lm.batch import forward_logits, nll_sum
 from persona.personalizer import LanguageModel, Personalizer, save
-from persona.store import HistoryStore
+from persona.store import HistoryStore, StoreBusy, history_key
 from persona.training.trainer import TrainerConfig, fit
 from persona.types import Persona, Request, Sample, Sampling
 
@@ -55,7 +56,7 @@ class PersonaPlugConfig:
     renormalize: bool = True  # after top_k
     temperature: float = 1.0  # of the softmax over dot products
     learn_temperature: bool = False
-    user_tokens: int = 1
+    user_tokens: int = 1  # vectors per user; 0 leaves the instruction alone: the baseline that knows no user
     prefix_scale: str = "measured"  # measured (mean norm of the LM's input embeddings) | none
     max_input_length: int = 256  # tokens of the prompt
     augment_copies: int = 10  # extra copies of each training sample with items dropped
@@ -73,16 +74,13 @@ INSTRUCTION_DIVISOR = 7.0
 
 
 class Histories:
-    """A user's items as rows of the store, under one key per (person, texts)."""
+    """A user's items as rows of the store, under one key per (person, encoded texts)."""
 
     def __init__(self, config: PersonaPlugConfig, encoder: Encoder):
-        self.config, self.encoder = config, encoder
-        folder = (
-            Path(config.store)
-            / hashlib.sha256(json.dumps(encoder.fingerprint, sort_keys=True).encode()).hexdigest()[:12]
-        )
-        self.store = HistoryStore(folder, encoder=encoder)
-        self._keys: dict[int, tuple[Any, str]] = {}
+        self.config = config
+        name = hashlib.sha256(json.dumps(encoder.fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+        self.store = HistoryStore(Path(config.store) / name, encoder=encoder)
+        self._known: dict[tuple[int, str], tuple[Any, str]] = {}
 
     def texts(self, persona: Persona | None, task: str) -> list[str]:
         """What of each item is encoded (task's rules; PPlug note 3.2), the last `history_limit` of them."""
@@ -90,29 +88,35 @@ class Histories:
         if not task:
             return [item.text for item in items]
         rules = task_rules(task, "pplug_reference" if self.config.compat == "reference" else None)
-        return [
-            rules.item_text_with_label(item) if self.config.include_label else rules.item_text(item) for item in items
-        ]
+        read = rules.item_text_with_label if self.config.include_label else rules.item_text
+        return [read(item) for item in items]
 
     def keys(self, pairs: Sequence[tuple[Persona | None, str]], progress: bool = False) -> list[str]:
-        """One key per (persona, task); what the store has not seen is encoded and added first."""
-        keys, missing = [], {}
+        """One store key per (persona, task); histories the store has not seen are encoded and added first.
+
+        Raises StoreBusy when something has to be added while another process is writing.
+        """
+        keys: list[str] = []
+        missing: dict[str, list[str]] = {}
         for persona, task in pairs:
-            # Histories are immutable, so the key is remembered by the history's identity (kept alive beside it).
             history = persona.history if persona is not None else ()
-            known = self._keys.get(hash((id(history), task)))
-            if known is not None and known[0] is history:
+            # Histories do not change, so an object's key is remembered; keeping the object keeps its id taken.
+            known = self._known.get((id(history), task))
+            if known is not None:
                 keys.append(known[1])
                 continue
             texts = self.texts(persona, task)
-            digest = hashlib.blake2b("\x1e".join(texts).encode(), digest_size=12).hexdigest()
-            key = f"{persona.id if persona is not None else ''}:{digest}"
-            self._keys[hash((id(history), task))] = (history, key)
+            key = history_key(persona.id if persona is not None else "", texts)
+            self._known[id(history), task] = (history, key)
             keys.append(key)
-            if texts and key not in missing and not self.store.has(key):
+            if key not in self.store:
                 missing[key] = texts
         if missing:
-            self.store.add(missing.items(), self.encoder, progress=progress)
+            try:
+                self.store.add(list(missing.items()), progress=progress)
+            except StoreBusy:
+                self._known.clear()
+                raise
         return keys
 
 
@@ -143,8 +147,11 @@ class PlugData(Dataset):
 
     def __init__(self, samples: Sequence[Sample], histories: Histories, copies: int, drop: float, seed: int):
         self.samples, self.drop, self.seed = samples, drop, seed
-        self.keys = histories.keys([(sample.persona, sample.task) for sample in samples], progress=True)
-        lengths = np.array([len(histories.store.rows(key)) if histories.store.has(key) else 0 for key in self.keys])
+        # One process encodes; the others then find everything in the store.
+        with PartialState().main_process_first():
+            histories.store.refresh()
+            self.keys = histories.keys([(sample.persona, sample.task) for sample in samples], progress=True)
+        lengths = np.array([len(rows) for rows in histories.store.rows_of(self.keys)], dtype=np.int64)
         self.lengths = lengths
         per_sample = np.where(lengths > 2, copies + 1, 1)
         self.owner = np.repeat(np.arange(len(samples)), per_sample)
@@ -253,24 +260,31 @@ class UserEmbedder(nn.Module):
 
     def __init__(self, config: PersonaPlugConfig, encoder: Encoder, hidden: int, scale: float):
         super().__init__()
+        if config.user_tokens < 0 or not (config.user_tokens or config.instruction):
+            raise UserError("with method.user_tokens=0 and method.instruction=false nothing stands in front of the LM")
         self.config, self.hidden, self.scale = config, hidden, scale
-        self.query_encoder = encoder.module()
-        if not (config.input_aware and config.train_query_encoder):
-            self.query_encoder.requires_grad_(False)
-        self.project = projector(encoder.dim, hidden * config.user_tokens)
+        # Equal weights need no query, so there is no query encoder then.
+        self.query_encoder = encoder.module() if config.input_aware and config.user_tokens else None
+        if self.query_encoder is not None:
+            self.query_encoder.requires_grad_(config.train_query_encoder)
+        if config.user_tokens:
+            self.project = projector(encoder.dim, hidden * config.user_tokens)
+            # The published code divides 0 by 0 for a user without items; here such a user has a learned vector.
+            self.no_history = nn.Parameter(torch.zeros(config.user_tokens, hidden))
         if config.instruction:
             self.instruction = nn.Parameter(torch.rand(encoder.dim))
             self.project_instruction = projector(encoder.dim, hidden)
         if config.learn_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
-        # The published code divides 0 by 0 for a user without items; here such a user has a learned vector.
-        self.no_history = nn.Parameter(torch.zeros(config.user_tokens, hidden))
 
-    @property
-    def tokens(self) -> int:
-        return self.config.user_tokens + int(self.config.instruction)
+    def train(self, mode: bool = True) -> UserEmbedder:
+        super().train(mode)
+        if self.query_encoder is not None and not self.config.train_query_encoder:
+            self.query_encoder.eval()
+        return self
 
     def options(self) -> dict[str, Any]:
+        """The keyword arguments of `aggregate` and `attention_weights`."""
         c = self.config
         temperature = self.log_temperature.exp() if c.learn_temperature else c.temperature
         return {
@@ -281,20 +295,23 @@ class UserEmbedder(nn.Module):
         }
 
     def encode_query(self, query: dict[str, Tensor] | None, history: Tensor) -> Tensor:
-        """[B, d]; uniform aggregation needs no query, so nothing is encoded then."""
-        if not self.config.input_aware or query is None:
+        """[B, d]; zeros where aggregation does not look at the query."""
+        if self.query_encoder is None or query is None:
             return history.new_zeros((history.shape[0], history.shape[2]))
         return self.query_encoder(**query)
 
     def forward(self, history: Tensor, mask: Tensor, query: dict[str, Tensor] | None) -> Tensor:
         """[B, N, d], [B, N], tokenised queries → the vectors in front [B, tokens, d_llm], in the order [I; P_u]."""
-        vectors = aggregate(history, mask, self.encode_query(query, history), self.project, **self.options())
-        user = vectors.view(len(history), self.config.user_tokens, self.hidden)
-        user = torch.where(mask.bool().any(-1)[:, None, None], user, self.no_history) * self.scale
-        if not self.config.instruction:
-            return user
-        instruction = self.project_instruction(self.instruction) * (self.scale / INSTRUCTION_DIVISOR)
-        return torch.cat([instruction.expand(len(history), 1, -1), user], dim=1)
+        parts = []
+        if self.config.instruction:
+            instruction = self.project_instruction(self.instruction) * (self.scale / INSTRUCTION_DIVISOR)
+            parts.append(instruction.expand(len(history), 1, -1))
+        if self.config.user_tokens:
+            vectors = aggregate(history, mask, self.encode_query(query, history), self.project, **self.options())
+            user = vectors.view(len(history), self.config.user_tokens, self.hidden)
+            known = mask.bool().any(-1)[:, None, None]
+            parts.append(torch.where(known, user, self.no_history) * self.scale)
+        return torch.cat(parts, dim=1)
 
 
 def prefix_scale(config: PersonaPlugConfig, base: BaseLM) -> float:
@@ -325,8 +342,6 @@ class PlugTraining(nn.Module):
         super().train(mode)
         if not self.lm_dropout:
             self.lm.eval()
-        if not (self.embedder.config.input_aware and self.embedder.config.train_query_encoder):
-            self.embedder.query_encoder.eval()
         return self
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
@@ -338,8 +353,8 @@ class PlugTraining(nn.Module):
         with torch.no_grad():
             below = self.under.prefixes(requests)
         prefixes = [own if other is None else torch.cat([other, own]) for own, other in zip(front, below, strict=True)]
-        inputs = assemble(base, [Row(*row) for row in zip(prompts, prefixes, requests, strict=True)], replies)
         with self.under.edit(requests):
+            inputs = assemble(base, [Row(*row) for row in zip(prompts, prefixes, requests, strict=True)], replies)
             logits, targets = forward_logits(base, inputs, self.lm)
         count = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": nll_sum(logits, targets) / count}
@@ -370,7 +385,7 @@ class PersonaPlug(Personalizer):
 
     def _inputs(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor, Any]:
         keys = self.histories.keys([(request.persona, request.task) for request in requests])
-        device = self.embedder.no_history.device
+        device = next(self.embedder.parameters()).device
         history, mask, query = self.batch([(key, None) for key in keys], [query_text(r) for r in requests])
         query = None if query is None else {name: tensor.to(device) for name, tensor in query.items()}
         return history.to(device), mask.to(device), query
@@ -398,13 +413,10 @@ class PersonaPlug(Personalizer):
 
     def write(self, folder: Path) -> None:
         # A query encoder that was not trained is the published one, and is loaded from there again.
-        frozen = not self.embedder.query_encoder.model.training and not any(
-            parameter.requires_grad for parameter in self.embedder.query_encoder.parameters()
-        )
         state = {
             name: tensor.detach().cpu().contiguous()
             for name, tensor in self.embedder.state_dict().items()
-            if not (frozen and name.startswith("query_encoder."))
+            if self.settings.train_query_encoder or not name.startswith("query_encoder.")
         }
         save_file(state, folder / "embedder.safetensors")
 
@@ -417,7 +429,8 @@ class PersonaPlug(Personalizer):
         state = load_file(folder / "embedder.safetensors")
         own = plug.embedder.state_dict()
         wrong = sorted(name for name in state if name not in own or own[name].shape != state[name].shape)
-        absent = sorted(name for name in own if name not in state and not name.startswith("query_encoder."))
+        trained = plug.settings.train_query_encoder
+        absent = sorted(n for n in own if n not in state and (trained or not n.startswith("query_encoder.")))
         if wrong or absent:
             raise UserError(
                 f"{folder}/embedder.safetensors does not fit its own config: {', '.join((wrong + absent)[:3])}"
@@ -436,12 +449,13 @@ def train(config: PersonaPlugConfig, under: LanguageModel, people: People, train
         raise UserError(f"method.compat={config.compat!r} is unknown: use null or reference")
     torch.manual_seed(trainer.seed)
     base = under.base
-    plug = PersonaPlug(config, base)
-    train_data = PlugData(people.train, plug.histories, config.augment_copies, config.augment_drop, trainer.seed)
-    dev_data = PlugData(people.dev, plug.histories, 0, 0.0, trainer.seed)
     bare = [sample.id for sample in (*people.train, *people.dev) if not sample.target]
     if bare:
         raise UserError(f"{len(bare)} samples have no target to learn from, the first is {bare[0]}")
+    with under.edit([]):  # the size of embeddings is that of the LM under the stack
+        plug = PersonaPlug(config, base)
+    train_data = PlugData(people.train, plug.histories, config.augment_copies, config.augment_drop, trainer.seed)
+    dev_data = PlugData(people.dev, plug.histories, 0, 0.0, trainer.seed)
     prompter = LanguageModel(base, under.personalizers, under.batch_size, config.max_input_length)
     rendered: dict[str, tuple[list[int], list[int]]] = {}
 
@@ -454,7 +468,7 @@ def train(config: PersonaPlugConfig, under: LanguageModel, people: People, train
 
     def collate(examples: list[Example]) -> dict[str, Any]:
         requests = [request_of(example.sample) for example in examples]
-        history, mask, query = plug.batch([(e.key, e.keep) for e in examples], [query_text(r) for r in requests])
+        history, mask, query = plug.batch([e.key for e in examples], [e.keep for e in examples], requests)
         pairs = [tokens(example.sample) for example in examples]
         return {
             "requests": requests,

@@ -17,7 +17,7 @@ from torch import Tensor
 from persona.encoders import Encoder
 from persona.errors import UserError
 from persona.progress import Bar
-from persona.store import disk
+from persona.store import disk, search
 from persona.store.disk import FileState, KeyIndex, Manifest
 from persona.store.writer import DTYPES, FILES, Added, Writer
 
@@ -57,6 +57,7 @@ class HistoryStore:
         self._streams: dict[str, Any] = {}
         self._indexes: dict[str, KeyIndex] = {}
         self._histories_checked: FileState | None = None
+        self._ivf: tuple[Any, int] | None = None
         self.refresh()
 
     def __reduce__(self) -> tuple[type[HistoryStore], tuple[Path]]:
@@ -106,6 +107,11 @@ class HistoryStore:
     @property
     def dim(self) -> int:
         return self._opened().dim
+
+    @property
+    def identity(self) -> str:
+        """Names this store and no other; an index built of it bears it too."""
+        return self._opened().identity
 
     @property
     def dtype(self) -> np.dtype:
@@ -265,6 +271,7 @@ class HistoryStore:
                 for segment in index.segments:
                     segment.check(again=True)
                 bar.advance()
+        search.verify(self)
 
     # --- searching --------------------------------------------------------------------------------
 
@@ -281,6 +288,33 @@ class HistoryStore:
             best = np.argsort(-found, kind="stable")[:k]
             scores[i, : len(best)], positions[i, : len(best)] = found[best], best
         return scores, positions
+
+    def search(
+        self, queries: np.ndarray, k: int, *, approximate: bool = False, probes: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k items of all users nearest to each query by dot product: one pass over all vectors, through faiss.
+
+        [Q, d] → scores [Q, k] float32 and rows [Q, k] int64, best first; -inf and -1 where there are fewer.
+        `approximate` looks only into `probes` lists of the index that `build_index` made (None: 1 in 32, at least 8),
+        and at all items added since. Raises UserError without faiss, and when the index is missing or damaged.
+        """
+        self._opened()
+        if not approximate:
+            return search.exact(self, queries, k)
+        if self._ivf is None:
+            self._ivf = search.open_index(self)
+        return search.approximate(self, *self._ivf, queries, k, probes)
+
+    def build_index(self, *, lists: int | None = None, seed: int = 0, progress: bool = True) -> None:
+        """Build the inverted-file index for approximate search over all items (`lists` None: √n of them).
+
+        Memory stays bounded: it is trained on a sample, filled in blocks, and its lists stay in a file. Training runs
+        on a GPU when there is one and faiss is the GPU build. Raises UserError without faiss or without vectors.
+        """
+        self._opened()
+        with disk.write_lock(self.folder):
+            search.build(self, lists=lists, seed=seed, progress=progress)
+        self._ivf = None
 
 
 def _same_encoder(
