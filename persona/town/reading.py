@@ -21,8 +21,9 @@ class Unit(NamedTuple):
 
     marker: (owner kind "voice" | "role" | "plain", owner name); talk: (form, {base: word}); fact: (kind, value);
     taste: (quality, level); character: (trait, phrase); pole: (trait, level); thing: (Thing, "");
-    opinion, score: (rating, ""); tag: (label, ""); who: (role or "assistant", ""); words: (tuple of words, ""); voice: (voice, "");
-    vocabulary: (tuple of words, ""); unknown, life, courtesy: ("", "").
+    opinion, score: (rating, ""); tag: (label, ""); who: (role or "assistant", "");
+    words: (tuple of words, ""); voice: (voice, ""); vocabulary: (tuple of words, "");
+    unknown, life, courtesy: ("", "").
     """
 
     kind: str
