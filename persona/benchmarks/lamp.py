@@ -7,19 +7,29 @@ By default the official scorer's definitions, with the plain mean for ROUGE. `co
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import orjson
 
 from persona import metrics
 from persona.data import base
-from persona.data.base import Task
+from persona.data.base import People, Task
 from persona.data.lamp import read_outputs
 from persona.data.rows import first_few
 from persona.errors import UserError
+from persona.evaluation.batching import AsyncModel
+from persona.evaluation.episodes import Benchmark
+from persona.evaluation.results import Row
+from persona.evaluation.statistics import Metric
 from persona.files import atomic_write
+from persona.types import Request, Sample, Sampling, Score
+
+if TYPE_CHECKING:
+    from persona.benchmarks import BenchmarkConfig
 
 COMPAT = (None, "lamp_reference", "pplug_reference")
 
@@ -172,3 +182,100 @@ def read_predictions(path: Path | str) -> tuple[str, dict[str, str]]:
     if name is None:
         raise UserError(f"{path} names no task; it should be {{task: LaMP_k, golds: [{{id, output}}, ...]}}")
     return base.canonical(name), outputs
+
+
+# ---- the benchmark -------------------------------------------------------------------------------------------------
+
+_METRICS = {
+    "accuracy": Metric(description="share of answers that are the true label"),
+    "f1": Metric(
+        aggregate="macro_f1", columns=("true_label", "label"), description="macro F1 over the full label list"
+    ),
+    "mae": Metric(higher_is_better=False, description="mean distance from the true rating"),
+    "rmse": Metric(
+        higher_is_better=False,
+        aggregate="rmse",
+        columns=("true_rating", "rating"),
+        description="root mean square error",
+    ),
+    "rouge1": Metric(description="ROUGE-1 F, plain mean"),
+    "rougeL": Metric(description="ROUGE-L F, plain mean"),
+    "logp_per_token": Metric(
+        aggregate="ratio",
+        columns=("logp", "tokens"),
+        description="log p of the true reply per token, end of turn included",
+    ),
+    "choice": Metric(description="share of samples whose true reply is likelier per byte than other users' replies"),
+}
+
+
+class LaMP(Benchmark):
+    """Any people with LaMP-shaped tasks. Texts are generated and scored as LaMP does; for generation tasks the true
+    reply's likelihood is read as well and, with `candidates`, the true reply is chosen among other users' replies."""
+
+    name = "lamp"
+    version = "1"
+
+    def __init__(self, people: People, config: BenchmarkConfig):
+        if config.compat is not None:
+            raise UserError(
+                "benchmark.compat is a matter of persona.benchmarks.lamp.score; episodes use the plain rules"
+            )
+        self.config, self.tasks = config, people.tasks
+        self._samples = list(people.split(config.split))[: config.limit]
+        bare = [sample.id for sample in self._samples if not sample.target]
+        if bare:
+            raise UserError(f"{len(bare)} samples of the {config.split} split have no gold, the first is {bare[0]}")
+        names = {name for sample in self._samples for name in self.tasks[sample.task].metrics}
+        names |= {"logp_per_token"} if names & {"rouge1"} else set()
+        names |= {"choice"} if names & {"rouge1"} and config.candidates else set()
+        classes = max((len(task.labels) for task in self.tasks.values()), default=0)
+        chosen = {name: metric for name, metric in _METRICS.items() if name in names}
+        if "f1" in chosen:
+            chosen["f1"] = Metric(True, "macro_f1", _METRICS["f1"].columns, classes, _METRICS["f1"].description)
+        self.metrics = chosen
+
+    def samples(self) -> Sequence[Sample]:
+        return self._samples
+
+    def others(self, sample: Sample) -> tuple[str, ...]:
+        """`candidates` distinct true replies of other users, drawn by (seed, sample id)."""
+        owner = self.cluster(sample)
+        pool = sorted({s.target for s in self._samples if self.cluster(s) != owner} - {sample.target})
+        if len(pool) < self.config.candidates:
+            raise UserError(
+                f"benchmark.candidates={self.config.candidates}, but other users gave only {len(pool)} different replies"
+            )
+        return tuple(random.Random(f"{self.config.seed}-{sample.id}").sample(pool, self.config.candidates))
+
+    async def episode(self, sample: Sample, model: AsyncModel) -> Score:
+        task = self.tasks[sample.task]
+        sampling = Sampling(self.config.max_new_tokens, num_beams=self.config.num_beams)
+        request = Request(sample.messages, sample.persona, sampling, None, sample.task)
+        reply = (await model.respond(request)).text
+        values = sample_values(task, sample.id, reply, sample.target)
+        if task.kind == "classification":
+            true, guess = metrics.label_indices([sample.target.strip(), reply.strip()], task.labels)
+            values |= {"true_label": float(true), "label": float(guess)}
+        elif task.kind == "rating":
+            truth = float(sample.target)
+            values = {"mae": values["absolute_error"], "true_rating": truth, "rating": rating(task, reply, truth)}
+        else:
+            logp, tokens = await model.loglikelihood(request, sample.target)
+            values |= {"logp": logp, "tokens": float(tokens)}
+            if self.config.candidates:
+                options = (sample.target, *self.others(sample))
+                logps = await model.choose(Request(sample.messages, sample.persona, sampling, options, sample.task))
+                per_byte = [p / len(option.encode()) for p, option in zip(logps, options, strict=True)]
+                values["choice"] = float(max(range(len(per_byte)), key=per_byte.__getitem__) == 0)
+        return Score(values, raw=reply)
+
+    def write_artifacts(self, rows: Sequence[Row], folder: Path) -> None:
+        """Predictions of every task in the leaderboard's own format."""
+        for name in sorted({row.task for row in rows}):
+            mine = {row.id: row.raw for row in rows if row.task == name}
+            write_predictions(folder / f"predictions_{name}.json", name, mine, list(mine))
+
+
+def build(config: BenchmarkConfig, people: People) -> LaMP:
+    return LaMP(people, config)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -354,9 +355,10 @@ def clean(folder: Path, manifest: Manifest | None) -> None:
     """Remove index segments and temporary files that no manifest names: a killed writer's. Only under the lock."""
     named = {segment.name for segments in manifest.indexes.values() for segment in segments} if manifest else set()
     for path in folder.iterdir():
-        if (path.suffix == ".index" and path.name not in named) or path.suffix == ".tmp":
-            if path.is_file():
-                path.unlink()
+        if path.suffix == ".tmp" and path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix == ".tmp" or (path.suffix == ".index" and path.name not in named):
+            path.unlink()
 
 
 def updated(manifest: Manifest, **changes: Any) -> Manifest:
