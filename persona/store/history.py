@@ -53,7 +53,7 @@ class HistoryStore:
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} of the store is not one of {', '.join(DTYPES)}")
         self._dtype = dtype
-        self._manifest: Manifest | None = None
+        self.manifest: Manifest | None = None
         self._streams: dict[str, Any] = {}
         self._indexes: dict[str, KeyIndex] = {}
         self._histories_checked: FileState | None = None
@@ -97,12 +97,12 @@ class HistoryStore:
         }
         for stream in self._streams.values():
             stream.close()
-        self._manifest, self._streams, self._indexes = manifest, streams, indexes
+        self.manifest, self._streams, self._indexes = manifest, streams, indexes
 
     def _opened(self) -> Manifest:
-        if self._manifest is None:
+        if self.manifest is None:
             raise UserError(f"there is no history store in {self.folder}")
-        return self._manifest
+        return self.manifest
 
     @property
     def dim(self) -> int:
@@ -119,11 +119,11 @@ class HistoryStore:
 
     def __len__(self) -> int:
         """How many different items it holds."""
-        return 0 if self._manifest is None else self._manifest.rows
+        return 0 if self.manifest is None else self.manifest.rows
 
     @property
     def n_histories(self) -> int:
-        return 0 if self._manifest is None else self._manifest.histories
+        return 0 if self.manifest is None else self.manifest.histories
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -251,12 +251,12 @@ class HistoryStore:
         known, new = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
         if new.size and self.encoder is None:
             raise UserError(f"{texts[new[0]]!r:.80} is not in {self.folder}, and no encoder was given to encode it")
-        dim = self._manifest.dim if self._manifest is not None else self.encoder.dim if self.encoder else 0
+        dim = self.manifest.dim if self.manifest is not None else self.encoder.dim if self.encoder else 0
         out = np.empty((len(texts), dim), dtype=np.float32)
         if known.size:
             out[known] = self.read(rows[known])
         if new.size and self.encoder is not None:
-            dtype = self._manifest.dtype if self._manifest is not None else self._dtype or DTYPES[0]
+            dtype = self.manifest.dtype if self.manifest is not None else self._dtype or DTYPES[0]
             out[new] = as_stored(self.encoder.encode([texts[i] for i in new]), dtype)
         return out
 

@@ -16,6 +16,7 @@ import numpy as np
 from persona.errors import UserError
 from persona.files import atomic_folder, sha256
 from persona.progress import Bar
+from persona.store import disk
 
 if TYPE_CHECKING:
     from persona.store.history import HistoryStore
@@ -31,7 +32,7 @@ def _faiss() -> Any:
         import faiss
     except ImportError as error:
         raise UserError(
-            "searching all histories needs faiss: install persona[faiss-cpu], or persona[faiss-gpu] where there is a GPU"
+            "searching all histories needs faiss: install persona[faiss-cpu], or persona[faiss-gpu] on a GPU machine"
         ) from error
     return faiss
 
@@ -96,6 +97,7 @@ def build(store: HistoryStore, *, lists: int | None, seed: int, progress: bool) 
     if n == 0:
         raise UserError(f"{store.folder} holds no vectors, so there is nothing to build an index of")
     lists = max(1, int(np.sqrt(n))) if lists is None else lists
+    disk.clean(store.folder, store.manifest)
     flat = faiss.IndexFlatIP(store.dim)
     if store.dtype == np.float16:
         # Vectors rounded to float16 lose nothing more here, and take half the room.
@@ -176,7 +178,7 @@ def verify(store: HistoryStore) -> None:
 def approximate(
     store: HistoryStore, index: Any, covered: int, queries: np.ndarray, k: int, probes: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`exact`'s answer from the `probes` lists nearest to each query; rows added after the index are searched exactly."""
+    """As `exact`, from the `probes` lists nearest to each query; rows added after the index are searched exactly."""
     queries = _checked_queries(store, queries)
     index.nprobe = min(index.nlist, max(8, index.nlist // 32) if probes is None else probes)
     scores, rows = index.search(queries, k)

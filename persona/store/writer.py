@@ -47,7 +47,7 @@ class Writer:
         self.bar = bar
         self.chunk = chunk
         store.refresh()
-        disk.clean(store.folder, store._manifest)
+        disk.clean(store.folder, store.manifest)
         # What waits for the next commit: new texts by key, and histories as keys of their texts.
         self.texts: dict[bytes, bytes] = {}
         self.histories: dict[bytes, tuple[str, list[bytes]]] = {}
@@ -153,10 +153,13 @@ class Writer:
     def _append(self, keys: list[bytes], contents: list[bytes], vectors: np.ndarray | None, histories: bool) -> None:
         """One commit: everything is on disk before the manifest that names it replaces the old one."""
         store, folder = self.store, self.store.folder
-        manifest = store._manifest or self._new(vectors)
-        files = {name: manifest.files.get(name, FileState()) for name in FILES}
+        manifest = store.manifest or self._new(vectors)
+        files = dict(manifest.files)
         indexes = dict(manifest.indexes)
         label = f"{manifest.generation + 1:08d}"
+
+        def append(name: str, *parts: bytes | memoryview) -> None:
+            files[name] = disk.append(folder / f"{name}.bin", files.get(name, FileState()), parts)
 
         def index(name: str, new_keys: Sequence[bytes], values: np.ndarray) -> None:
             array = np.frombuffer(b"".join(new_keys), dtype=disk.COLUMN).reshape(-1, 2)
@@ -165,15 +168,16 @@ class Writer:
 
         if vectors is not None:
             rounded = self._rounded(manifest, vectors, contents)
-            files["vectors"] = disk.append(folder / "vectors.bin", files["vectors"], [memoryview(rounded).cast("B")])
-            ends = files["texts"].size + np.cumsum([len(content) for content in contents], dtype="<i8")
-            files["texts"] = disk.append(folder / "texts.bin", files["texts"], [b"".join(contents)])
-            files["text_ends"] = disk.append(folder / "text_ends.bin", files["text_ends"], [ends.tobytes()])
+            start = files.get("texts", FileState()).size
+            ends = start + np.cumsum([len(content) for content in contents], dtype="<i8")
+            append("vectors", memoryview(rounded).cast("B"))
+            append("texts", b"".join(contents))
+            append("text_ends", ends.tobytes())
             index("items", keys, manifest.rows + np.arange(len(keys)))
         n_histories = manifest.histories
         if histories and self.histories:
             positions, records = [], []
-            position = files["histories"].size
+            position = files.get("histories", FileState()).size
             digests = list(dict.fromkeys(digest for _, digests in self.histories.values() for digest in digests))
             rows = dict(zip(digests, self._find("items", digests).tolist(), strict=True))
             rows |= {key: manifest.rows + i for i, key in enumerate(keys)}
@@ -182,7 +186,7 @@ class Writer:
                 positions.append(position)
                 records.append(record)
                 position += len(record)
-            files["histories"] = disk.append(folder / "histories.bin", files["histories"], records)
+            append("histories", *records)
             index("users", list(self.histories), np.array(positions, dtype=np.int64))
             n_histories += len(positions)
         after = disk.updated(
