@@ -1,7 +1,7 @@
 """The town's tokenizer: one id per word or punctuation mark, and a chat template that marks the assistant's words.
 
-Text of the town is lower case with a space around every token. The tokenizer also takes ordinary writing ("Hello, you!")
-and gives the ids of the canonical form; decoding always gives the canonical form.
+Text of the town is lower case with a space around every token. The tokenizer also takes ordinary writing ("Hello,
+you!") and gives the ids of the canonical form; decoding always gives the canonical form.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def build_tokenizer(words: Sequence[str], previous: PreTrainedTokenizerFast | No
     for word in words:
         pieces = [piece for piece, _ in split.pre_tokenize_str(word)]
         if pieces != [word] or word != word.lower():
-            raise UserError(f"the town's word {word!r} would be split into {pieces}: one lower-case word or one mark each")
+            raise UserError(
+                f"the town's word {word!r} would be split into {pieces}: one lower-case word or one mark each"
+            )
     if previous is None:
         entries = [*SPECIAL_TOKENS, *dict.fromkeys(words)]
         size = -(-(len(entries) + SPARE_IDS) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -91,9 +93,7 @@ def build_tokenizer(words: Sequence[str], previous: PreTrainedTokenizerFast | No
     return tokenizer
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]
-) -> tuple[list[int], list[bool]]:
+def encode(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
     """Ids of a conversation and, for each, whether it is the assistant's own (content and end token).
 
     The same ids and mask as the chat template gives, without its rendering, which is too slow for a training stream.

@@ -39,9 +39,14 @@ from persona.types import Message
 
 # Shares of the grammar's stages 0, 1, 2 by training progress, linear in between: easy documents bring the first
 # circuits quickly, the last stage is what the model is for, and no stage ever vanishes.
-CURRICULUM = ((0.00, (0.80, 0.20, 0.00)), (0.08, (0.50, 0.40, 0.10)), (0.30, (0.15, 0.35, 0.50)), (1.00, (0.08, 0.17, 0.75)))
+CURRICULUM = (
+    (0.00, (0.80, 0.20, 0.00)),
+    (0.08, (0.50, 0.40, 0.10)),
+    (0.30, (0.15, 0.35, 0.50)),
+    (1.00, (0.08, 0.17, 0.75)),
+)
 # Tokens that are not the assistant's carry little to learn (latents are drawn afresh): one in ten takes part.
-REST_SHARE = 0.1
+REST_SHARE, REST_WEIGHT = 0.1, 0.3
 WARMUP_STEPS = 200
 # The learning rate stays flat and falls to zero over this last share, so that a run can be lengthened from a
 # checkpoint of its flat part without having annealed in vain.
@@ -61,7 +66,6 @@ class TrainConfig:
     documents: int = 12
     groups: int = 3
     learning_rate: float = 2e-3
-    weight_decay: float = 0.05
     hidden: int = 192
     layers: int = 4
     heads: int = 6
@@ -101,7 +105,7 @@ class Batches(Dataset):
         return [self._pad(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def _weights(self, own: Sequence[bool], rng: random.Random) -> list[float]:
-        """One over the square root of the reply's length, so that a one-word rating does not drown beside sentences."""
+        """A reply's tokens weigh one over the square root of their number: ratings must not drown beside sentences."""
         weights, start = [], 0
         while start < len(own):
             end = start
@@ -110,7 +114,7 @@ class Batches(Dataset):
             if own[start]:
                 weights += [1 / math.sqrt(end - start)] * (end - start)
             else:
-                weights += [0.3 if rng.random() < REST_SHARE else 0.0 for _ in range(end - start)]
+                weights += [REST_WEIGHT if rng.random() < REST_SHARE else 0.0 for _ in range(end - start)]
             start = end
         return weights
 
@@ -176,10 +180,10 @@ def train(
     previous = AutoTokenizer.from_pretrained(checkpoint) if checkpoint.exists() else None
     tokenizer = build_tokenizer(words, previous)
     model = build_model(config, tokenizer)
-    optimizer = _optimizer(model, config)
+    optimizers = _optimizers(model, config)
     first, history = 0, []
     if previous is not None:
-        first, history = _load_checkpoint(checkpoint, config, model, optimizer)
+        first, history = _load_checkpoint(checkpoint, config, model, optimizers)
         console.print(f"going on from step {first} of {checkpoint}")
     history.append({"from_step": first, **_provenance(config)})
     _keep_metrics_before(config.out / "metrics.jsonl", first)
@@ -193,21 +197,20 @@ def train(
         num_workers=1,
         prefetch_factor=64,
     )
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
     model.train()
     mean, tokens, started = float("nan"), 0, time.monotonic()
     window: list[float] = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("training", total=config.steps, completed=first)
+        bar = progress.add_task("training", total=config.steps, completed=first, loss=mean)
         for step, micro_batches in enumerate(batches, start=first):
             if step == stop_after:
                 return mean
             rate = learning_rate(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            window.append(_update(model, optimizer, micro_batches))
+            window.append(_update(model, optimizers, micro_batches, rate))
             tokens += sum(ids.numel() for ids, _ in micro_batches)
-            progress.update(bar, advance=1)
+            progress.update(bar, advance=1, loss=mean)
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
                 mean = sum(window) / len(window)
@@ -220,21 +223,31 @@ def train(
                 window = []
                 if not console.is_terminal:
                     pace = f"{(done - first) / seconds:.2f} steps/s, {left / 60:.1f} min left"
-                    console.print(f"step {done}/{config.steps}  loss {mean:.4f}  lr {rate:.2e}  {pace}", highlight=False)
+                    console.print(
+                        f"step {done}/{config.steps}  loss {mean:.4f}  lr {rate:.2e}  {pace}", highlight=False
+                    )
             if done % config.checkpoint_every == 0 or done == config.steps:
-                _save_checkpoint(checkpoint, done, history, model, optimizer, tokenizer)
+                _save_checkpoint(checkpoint, done, history, model, optimizers, tokenizer)
                 export(config.out / "model", model, tokenizer, {"step": done, "loss": mean, "runs": history})
     return mean
 
 
-def _optimizer(model: LlamaForCausalLM, config: TrainConfig) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+def _optimizers(model: LlamaForCausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the embeddings and norms.
+
+    In a pilot of 1,200 steps Muon reached AdamW's loss after two thirds of the steps, at a fifth more time each.
+    """
+    blocks = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed_tokens" in name]
+    return [
+        torch.optim.Muon(blocks, lr=config.learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
 
 
-def _update(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, batch: Sequence[MicroBatch]) -> float:
+def _update(
+    model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer], batch: Sequence[MicroBatch], rate: float
+) -> float:
     total = sum(float(weights[:, 1:].sum()) for _, weights in batch)
     loss = 0.0
     for ids, weights in batch:
@@ -242,8 +255,11 @@ def _update(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, batch: Se
         part.backward()
         loss += part.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return loss
 
 
@@ -275,11 +291,15 @@ def _save_checkpoint(
     step: int,
     history: list[dict[str, object]],
     model: LlamaForCausalLM,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    state = optimizer.state_dict()["state"]
-    moments = {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+    moments = {
+        f"{number}.{index}.{key}": value
+        for number, optimizer in enumerate(optimizers)
+        for index, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+    }
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -288,20 +308,23 @@ def _save_checkpoint(
 
 
 def _load_checkpoint(
-    folder: Path, config: TrainConfig, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer
+    folder: Path, config: TrainConfig, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[int, list[dict[str, object]]]:
     state = json.loads((folder / "state.json").read_text())
     then = state["runs"][-1]["config"]
     for key in ("hidden", "layers", "heads", "intermediate"):
         if then[key] != getattr(config, key):
-            raise UserError(f"{folder} was trained with {key}={then[key]}, not {getattr(config, key)}: use another --out")
+            raise UserError(
+                f"{folder} was trained with {key}={then[key]}, not {getattr(config, key)}: use another --out"
+            )
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     model.tie_weights()
-    loaded = optimizer.state_dict()
+    loaded = [optimizer.state_dict() for optimizer in optimizers]
     for name, value in load_file(folder / "optimizer.safetensors").items():
-        index, key = name.split(".")
-        loaded["state"].setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict(loaded)
+        number, index, key = name.split(".")
+        loaded[int(number)]["state"].setdefault(int(index), {})[key] = value
+    for optimizer, moments in zip(optimizers, loaded, strict=True):
+        optimizer.load_state_dict(moments)
     return state["step"], state["runs"]
 
 
