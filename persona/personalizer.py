@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class Personalizer:
     """
 
     method: ClassVar[str]
+    fingerprint: str = ""  # of the directory it was loaded from: what evaluation keeps results apart by
 
     def prompt(self, requests: Sequence[Request]) -> list[Request]:
         """First door: the requests with other messages. Nothing but `messages` may change."""
@@ -46,6 +48,10 @@ class Personalizer:
     def modules(self, requests: Sequence[Request]) -> AbstractContextManager[None]:
         """Third door: entered around one forward whose batch rows are `requests`; undone on leaving."""
         return nullcontext()
+
+    def attention(self, requests: Sequence[Request]) -> list[np.ndarray] | None:
+        """Per request the weights of its persona's last items, where a method has such a thing; for plots only."""
+        return None
 
     def config(self) -> dict[str, Any]:
         """Plain JSON values from which `load` builds this personalizer again."""

@@ -234,6 +234,9 @@ class LaMP(Benchmark):
         if "f1" in chosen:
             chosen["f1"] = Metric(True, "macro_f1", _METRICS["f1"].columns, classes, _METRICS["f1"].description)
         self.metrics = chosen
+        self._replies: dict[str, set[str]] = {}
+        for sample in self._samples:
+            self._replies.setdefault(sample.target, set()).add(self.cluster(sample))
 
     def samples(self) -> Sequence[Sample]:
         return self._samples
@@ -241,12 +244,11 @@ class LaMP(Benchmark):
     def others(self, sample: Sample) -> tuple[str, ...]:
         """`candidates` distinct true replies of other users, drawn by (seed, sample id)."""
         owner = self.cluster(sample)
-        pool = sorted({s.target for s in self._samples if self.cluster(s) != owner} - {sample.target})
-        if len(pool) < self.config.candidates:
-            raise UserError(
-                f"benchmark.candidates={self.config.candidates}, but other users gave only {len(pool)} different replies"
-            )
-        return tuple(random.Random(f"{self.config.seed}-{sample.id}").sample(pool, self.config.candidates))
+        pool = [reply for reply, owners in self._replies.items() if owner not in owners]
+        wanted = self.config.candidates
+        if len(pool) < wanted:
+            raise UserError(f"benchmark.candidates={wanted}, but other users gave only {len(pool)} different replies")
+        return tuple(random.Random(f"{self.config.seed}-{sample.id}").sample(pool, wanted))
 
     async def episode(self, sample: Sample, model: AsyncModel) -> Score:
         task = self.tasks[sample.task]

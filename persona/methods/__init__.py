@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from persona.errors import UserError
+from persona.files import sha256
 from persona.lm import BaseLM
 from persona.personalizer import Personalizer, read_manifest
 
@@ -43,4 +44,6 @@ def load_personalizer(what: Personalizer | Path | str | dict[str, Any], base: Ba
     if not Path(what).is_dir() and str(what) in PERSONALIZERS:
         return personalizer_class(str(what)).load(Path(), {}, base)
     manifest = read_manifest(what, base)
-    return personalizer_class(manifest["method"]).load(Path(what), manifest["config"], base)
+    personalizer = personalizer_class(manifest["method"]).load(Path(what), manifest["config"], base)
+    personalizer.fingerprint = sha256(Path(what) / "personalizer.json")
+    return personalizer

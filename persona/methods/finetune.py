@@ -265,7 +265,7 @@ class LoRA(Personalizer):
 
 
 class Weights(Personalizer):
-    """All weights, as an ordinary model directory in `model/` (also usable as `model.path`), swapped in per forward."""
+    """All weights, swapped in per forward; in `model/` as an ordinary model directory, also usable as `model.path`."""
 
     method = "weights"
 

@@ -376,17 +376,19 @@ class PersonaPlug(Personalizer):
         self.embedder = UserEmbedder(config, self.encoder, base.hidden_size, scale).to(base.device)
 
     def batch(
-        self, examples: Sequence[tuple[str, np.ndarray | None]], queries: Sequence[str]
-    ) -> tuple[Tensor, Tensor, Any]:
+        self, keys: Sequence[str], keeps: Sequence[np.ndarray | None], requests: Sequence[Request]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
         """Histories [B, N, d] (float32, ragged ones padded), mask [B, N], tokenised queries; on the CPU."""
-        vectors, mask = self.histories.store.gather([key for key, _ in examples], keep=[keep for _, keep in examples])
-        query = self.embedder.query_encoder.tokenize(list(queries)) if self.settings.input_aware else None
-        return torch.from_numpy(vectors), torch.from_numpy(mask), query
+        rows = self.histories.store.rows_of(keys)
+        kept = [row if keep is None else row[keep] for row, keep in zip(rows, keeps, strict=True)]
+        history, mask = self.histories.store.gather_rows(kept)
+        encoder = self.embedder.query_encoder
+        return history, mask, None if encoder is None else encoder.tokenize([query_text(r) for r in requests])
 
-    def _inputs(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor, Any]:
+    def _inputs(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
         keys = self.histories.keys([(request.persona, request.task) for request in requests])
         device = next(self.embedder.parameters()).device
-        history, mask, query = self.batch([(key, None) for key in keys], [query_text(r) for r in requests])
+        history, mask, query = self.batch(keys, [None] * len(keys), requests)
         query = None if query is None else {name: tensor.to(device) for name, tensor in query.items()}
         return history.to(device), mask.to(device), query
 

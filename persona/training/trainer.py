@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from persona.errors import UserError
 from persona.training.checkpoints import WholeCheckpoints, newest
@@ -128,6 +128,18 @@ class _Metrics(TrainerCallback):
             stream.write(json.dumps(row) + "\n")
 
 
+class _Bar(ProgressCallback):
+    """transformers' progress bar (rate, time left) with the last values beside it rather than a line per log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = {key: logs[key] for key in ("loss", "eval_loss", "learning_rate") if key in logs}
+            self.training_bar.set_postfix({**self.shown, **shown})
+            self.shown = {**self.shown, **shown}
+
+    shown: dict[str, Any] = {}
+
+
 class MethodTrainer(WholeCheckpoints, Trainer):
     """Trainer over a method's module. A loss that is not finite ends the run with the step it happened in."""
 
@@ -220,6 +232,8 @@ def fit(
     if groups is not None:
         options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         trainer.optimizer = torch.optim.AdamW([{**options, **group} for group in groups])
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar)
     signals = _Signals()
     trainer.add_callback(signals)
     trainer.add_callback(_Metrics(out / "metrics.jsonl"))

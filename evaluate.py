@@ -1,0 +1,58 @@
+"""Measure stacks of personalizers: `python evaluate.py benchmark=town personalizers=[outputs/x/personalizer]`.
+
+`baselines` names other stacks to measure beside it on the same samples. Ends in a table and report.html.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from persona.config import EvaluateConfig, run
+
+
+def evaluate(cfg: EvaluateConfig) -> Path:
+    """Run a benchmark under one or several stacks; returns the folder of results. Raises UserError on bad input."""
+    from accelerate import PartialState
+
+    import persona
+    from persona import benchmarks, data, lm
+    from persona.evaluation import plots, report, results
+    from persona.evaluation.episodes import run_benchmark
+
+    base = lm.load(cfg.model)
+    people = data.load(cfg.data)
+    benchmark = benchmarks.build(cfg.benchmark, people)
+    folder = Path(cfg.output) / "evaluation" / cfg.benchmark.name
+    processes = PartialState()
+    stacks: dict[str, list[Any]] = {**cfg.baselines, cfg.name: cfg.personalizers}
+    for name, stack in stacks.items():
+        model = persona.load(base, stack, cfg.model.batch_size)
+        settings = {
+            "base": base.identity,
+            "dtype": str(base.dtype),
+            "stack": [[p.method, p.config(), p.fingerprint] for p in model.personalizers],
+            "benchmark": {key: value for key, value in vars(cfg.benchmark).items()},
+        }
+        run_benchmark(
+            benchmark,
+            model,
+            folder / name,
+            stack=name,
+            settings=json.loads(json.dumps(settings, default=str)),
+            batch_size=cfg.model.batch_size,
+            overwrite=cfg.overwrite,
+            processes=processes,
+        )
+        if processes.is_main_process:
+            if hasattr(benchmark, "write_artifacts"):
+                benchmark.write_artifacts(results.read_rows(folder / name / "samples.jsonl"), folder / name)
+            plots.write(model, benchmark.samples(), folder / name)
+    if processes.is_main_process:
+        report.write_report([folder / name for name in stacks], folder / "report.html", baseline=cfg.baseline)
+    return folder
+
+
+if __name__ == "__main__":
+    run("evaluate", evaluate)

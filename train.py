@@ -1,0 +1,38 @@
+"""Train a personalizer: `python train.py experiment=town_persona_plug`, `python train.py method=finetune_lora ...`.
+
+Everything is in configs/; `plan=true` prints what a run would need without loading a weight.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from pathlib import Path
+
+from persona.config import TrainConfig, run
+
+logger = logging.getLogger(__name__)
+METHODS = {"persona_plug": "persona.methods.persona_plug", "finetune": "persona.methods.finetune"}
+
+
+def train(cfg: TrainConfig) -> Path:
+    """Base LM + people → a personalizer directory, `<output>/personalizer`. Raises UserError on bad input."""
+    from accelerate import PartialState
+
+    import persona
+    from persona import data, lm
+    from persona.config import save_run_files
+
+    out = Path(cfg.output)
+    if PartialState(cpu=cfg.trainer.cpu or None).is_main_process:
+        save_run_files(out, cfg)
+    people = data.load(cfg.data)
+    under = persona.load(lm.load(cfg.model), cfg.personalizers, cfg.model.batch_size)
+    method = importlib.import_module(METHODS[cfg.method.name])
+    folder = method.train(cfg.method, under, people, cfg.trainer, out)
+    logger.warning("personalizer written to %s", folder)
+    return folder
+
+
+if __name__ == "__main__":
+    run("train", train)
