@@ -20,6 +20,27 @@ from persona.lm.load import BaseLM
 from persona.lm.score import score
 from persona.types import Response, Sampling
 
+NEUTRAL = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "min_length": 0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "num_return_sequences": 1,
+    "remove_invalid_values": False,
+    "return_dict_in_generate": False,
+    "use_cache": True,
+}
+
 
 class _Recorder(LogitsProcessor):
     """Keeps log p of every generated token, read from the logits before any warping."""
@@ -83,16 +104,17 @@ def _generate(base: BaseLM, rows: Sequence[Row], batch: list[int], sampling: Sam
         if sampling.top_p < 1:
             processors.append(TopPLogitsWarper(sampling.top_p))
         processors.append(_Gumbel([rows[i].request.sampling.seed for i in batch]))
+    # Every setting is stated, because transformers fills what is None from the model's own generation_config, which
+    # may ask for penalties or sampling that the request did not.
     config = GenerationConfig(
+        **NEUTRAL,
         max_new_tokens=sampling.max_new_tokens,
         num_beams=sampling.num_beams,
-        do_sample=False,
         eos_token_id=sorted(base.eos_ids) or None,
         pad_token_id=base.tokenizer.pad_token_id,
         bos_token_id=base.tokenizer.bos_token_id,
         decoder_start_token_id=getattr(base.model.config, "decoder_start_token_id", None),
         stop_strings=list(sampling.stop) or None,
-        use_cache=True,
     )
     with edit(batch):  # the embeddings too: a personalizer may exchange them
         inputs = assemble(base, [rows[i] for i in batch])
@@ -123,12 +145,11 @@ def _generate(base: BaseLM, rows: Sequence[Row], batch: list[int], sampling: Sam
 
 def _response(base: BaseLM, tokens: list[int], logprobs, sampling: Sampling, ends: set[int]) -> Response:
     reason = "eos" if tokens and tokens[-1] in ends else "length"
-    text = base.tokenizer.decode(tokens, skip_special_tokens=True)
-    hits = [text.index(stop) for stop in sampling.stop if stop in text]
-    if hits:
-        text, reason = text[: min(hits)], "stop"
-        # Rows that hit their stop early are padded while the rest of the batch goes on: the padding is not theirs.
-        pad = base.tokenizer.pad_token_id
-        while tokens and tokens[-1] == pad and pad not in ends:
-            tokens = tokens[:-1]
+    decode = base.tokenizer.decode
+    if any(stop in decode(tokens) for stop in sampling.stop):
+        # A row that met its stop early is padded while its batch goes on, possibly with the end token: not its own.
+        met = (k for k in range(1, len(tokens) + 1) if any(stop in decode(tokens[:k]) for stop in sampling.stop))
+        tokens, reason = tokens[: next(met)], "stop"
+    text = decode(tokens, skip_special_tokens=True)
+    text = text[: min((text.index(stop) for stop in sampling.stop if stop in text), default=len(text))]
     return Response(text.strip(), tuple(tokens), tuple(logprobs[: len(tokens)]), reason)
