@@ -102,7 +102,9 @@ FACTS: dict[str, tuple[str, ...]] = {
         "chess knitting hiking painting fishing cycling sewing sailing swimming "
         "reading baking archery origami juggling".split()
     ),
-    "birthplace": tuple("paris oslo cairo lima rome delhi kyoto quito dublin berlin madrid prague sofia tunis".split()),
+    "birthplace": tuple(
+        "paris oslo cairo lima rome delhi kyoto quito dublin berlin madrid prague sofia tunis".split()
+    ),
     "sibling": tuple("milo lucy felix nora oscar ruby simon stella tomas violet victor wendy agnes basil".split()),
     "instrument": tuple(
         "violin piano flute drum harp guitar cello trumpet banjo organ lute tuba clarinet accordion".split()
