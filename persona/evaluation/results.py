@@ -319,14 +319,16 @@ def load_run(folder: Path | str) -> Run:
 
 
 def find_runs(places: Sequence[Path | str]) -> list[Run]:
-    """All runs in or below the given folders, in the order given, then by path. UserError where there is none."""
-    runs = []
+    """All runs in or below the given folders, each once, in the order given, then by path. UserError for none."""
+    runs: dict[Path, Run] = {}
     for place in places:
         found = sorted(path.parent for path in Path(place).rglob("summary.json"))
         if not found:
             raise UserError(f"No summary.json in or below {place}; give the folder of a finished evaluation.")
-        runs += [load_run(folder) for folder in found]
-    return runs
+        for folder in found:
+            if folder.resolve() not in runs:
+                runs[folder.resolve()] = load_run(folder)
+    return list(runs.values())
 
 
 def compare(runs: Sequence[Run], baseline: str, *, resamples: int = RESAMPLES) -> list[Comparison]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from persona.evaluation.episodes import AsyncModel, Unscored
+from persona.evaluation.episodes import AsyncModel, Unscored, run_benchmark
+from persona.evaluation.results import Attention, Plots, Point, write_plots
 from persona.evaluation.statistics import Metric
 from persona.types import HistoryItem, Message, Persona, Request, Response, Sample, Score
 
@@ -88,3 +91,52 @@ class Ratings:
         truth = int(sample.target)
         values = {"accuracy": float(rating == truth), "truth": truth, "rating": rating, "logp": logp, "tokens": tokens}
         return Score(values, raw=reply.text)
+
+
+class Voices(Ratings):
+    """The same residents asked for a line in their own voice, read by word overlap."""
+
+    name = "voices"
+    metrics = {"voice": Metric(description="share of replies in the resident's voice"), "rouge-1": Metric()}
+
+    async def episode(self, sample: Sample, model: AsyncModel) -> Score:
+        reply = await model.respond(Request(sample.messages, sample.persona, task=sample.task))
+        right = float(reply.text == sample.target)
+        return Score({"voice": right, "rouge-1": 0.2 * right + 0.5 * draw("rouge", sample.id)}, raw=reply.text)
+
+
+def toy_plots(seed: int = 0) -> Plots:
+    """Attention of three residents and a cloud of users around four voices."""
+    attention = []
+    for user, n in (("Ada", 5), ("Kai", 20), ("Mia", 1)):
+        raw = [draw(seed, user, k) ** 4 + 0.01 for k in range(n)]
+        texts = [f"The soup at {k} Mill Road was {'lovely and warm, as ever, and ' * (k % 3)}good" for k in range(n)]
+        weights = [value / sum(raw) for value in raw]
+        attention.append(
+            Attention(user, f"What does {user} say about the bakery?", tuple(zip(texts, weights, strict=True)))
+        )
+    points = []
+    for i in range(160):
+        voice = VOICES[i % 4]
+        angle, far = i % 4 * 1.6, 1.5 + draw(seed, "far", i)
+        x = far * math.cos(angle) + draw(seed, "x", i)
+        y = far * math.sin(angle) + draw(seed, "y", i)
+        points.append(Point(x, y, f"resident {i}", voice))
+    return Plots(tuple(attention), tuple(points), "User embeddings, first two principal components")
+
+
+STACKS = {"untouched": 0.3, "instruction only": 0.33, "BM25, k = 4": 0.42, "Persona-Plug": 0.6, "full knowledge": 0.8}
+
+
+def toy_results(folder: Path, n: int = 140, stacks: Mapping[str, float] = STACKS) -> list[Path]:
+    """Folders of several stacks on two benchmarks, written by the runner; Persona-Plug has plots."""
+    folders = []
+    for stack, skill in stacks.items():
+        for benchmark in (Ratings(n), Voices(n)):
+            place = folder / stack.replace(" ", "_") / "evaluation" / benchmark.name
+            settings = {"base_model": "toy", "personalizers": [stack], "sampling": {"temperature": 0.0}, "seed": 0}
+            run_benchmark(benchmark, ToyModel(skill), place, stack=stack, settings=settings, progress=False)
+            folders.append(place)
+        if stack == "Persona-Plug":
+            write_plots(folders[-1], toy_plots())
+    return folders
