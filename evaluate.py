@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from persona.config import EvaluateConfig, run
+from persona.config import EvaluateConfig, entry
 
 
 def evaluate(cfg: EvaluateConfig) -> Path:
@@ -20,13 +20,15 @@ def evaluate(cfg: EvaluateConfig) -> Path:
     from persona import benchmarks, data, lm
     from persona.evaluation import plots, report, results
     from persona.evaluation.episodes import run_benchmark
+    from persona.evaluation.table import print_table
 
     base = lm.load(cfg.model)
     people = data.load(cfg.data)
     benchmark = benchmarks.build(cfg.benchmark, people)
     folder = Path(cfg.output) / "evaluation" / cfg.benchmark.name
     processes = PartialState()
-    stacks: dict[str, list[Any]] = {**cfg.baselines, cfg.name: cfg.personalizers}
+    # The first baseline is the one that differences are taken against; without baselines there is nothing to compare.
+    stacks: dict[str, list[Any]] = {**cfg.baselines, cfg.name: list(cfg.personalizers)}
     for name, stack in stacks.items():
         model = persona.load(base, stack, cfg.model.batch_size)
         settings = {
@@ -50,9 +52,11 @@ def evaluate(cfg: EvaluateConfig) -> Path:
                 benchmark.write_artifacts(results.read_rows(folder / name / "samples.jsonl"), folder / name)
             plots.write(model, benchmark.samples(), folder / name)
     if processes.is_main_process:
-        report.write_report([folder / name for name in stacks], folder / "report.html", baseline=cfg.baseline)
+        folders, first = [folder / name for name in stacks], next(iter(stacks))
+        print_table(folders, baseline=first)
+        report.write_report(folders, folder / "report.html", baseline=first)
     return folder
 
 
 if __name__ == "__main__":
-    run("evaluate", evaluate)
+    entry(evaluate, "evaluate")

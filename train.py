@@ -9,19 +9,23 @@ import importlib
 import logging
 from pathlib import Path
 
-from persona.config import TrainConfig, run
+from persona.config import TrainConfig, entry, save_run_files
 
 logger = logging.getLogger(__name__)
 METHODS = {"persona_plug": "persona.methods.persona_plug", "finetune": "persona.methods.finetune"}
 
 
-def train(cfg: TrainConfig) -> Path:
-    """Base LM + people → a personalizer directory, `<output>/personalizer`. Raises UserError on bad input."""
+def train(cfg: TrainConfig) -> Path | None:
+    """Base LM + people → a personalizer directory, `<output>/personalizer` (None for a plan). Raises UserError."""
+    if cfg.plan:
+        from persona.plan import plan
+
+        plan(cfg).print()
+        return None
     from accelerate import PartialState
 
     import persona
     from persona import data, lm
-    from persona.config import save_run_files
 
     out = Path(cfg.output)
     if PartialState(cpu=cfg.trainer.cpu or None).is_main_process:
@@ -35,4 +39,4 @@ def train(cfg: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run("train", train)
+    entry(train, "train")

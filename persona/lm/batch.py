@@ -91,6 +91,7 @@ def assemble(base: BaseLM, rows: Sequence[Row], replies: Sequence[Sequence[int]]
 def forward_logits(base: BaseLM, inputs: Inputs, model: torch.nn.Module | None = None) -> tuple[Tensor, Tensor]:
     """Logits [B, T, vocab] and the tokens [B, T] they predict (-100 = none), for a batch with replies."""
     model = base.model if model is None else model
+    assert inputs.labels is not None
     if base.is_encoder_decoder:
         output = model(inputs_embeds=inputs.embeds, attention_mask=inputs.mask, labels=inputs.labels)
         return output.logits, inputs.labels

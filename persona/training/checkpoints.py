@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ from torch import Tensor, nn
 
 from persona.errors import UserError
 from persona.files import sha256
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # a mixin: it stands before the Trainer in the bases
 
 logger = logging.getLogger(__name__)
 MANIFEST = "checkpoint.json"
@@ -84,7 +90,7 @@ def unflatten_optimizer(tensors: dict[str, Tensor], plain: dict) -> dict:
     return {"state": state, "param_groups": plain["param_groups"]}
 
 
-class WholeCheckpoints:
+class WholeCheckpoints(_Trainer):
     """Mixin for a Trainer: `class MyTrainer(WholeCheckpoints, Trainer)`."""
 
     _staging: str | None = None
