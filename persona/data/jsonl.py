@@ -24,7 +24,7 @@ from typing import Any
 
 from persona.data import base
 from persona.data.base import DataConfig, People, Task
-from persona.data.rows import field, first_few, read_jsonl
+from persona.data.rows import check_folder, field, first_few, read_jsonl
 from persona.data.table import Samples, TableWriter, cached_table
 from persona.errors import UserError
 from persona.types import HistoryItem, Message
@@ -182,6 +182,7 @@ def load(cfg: DataConfig) -> People:
     if cfg.path is None:
         raise UserError("data.path is not set; for data=jsonl it should be the folder that holds people.jsonl")
     folder = Path(cfg.path)
+    check_folder(folder, "data.path", "a folder with people.jsonl")
     default = cfg.task or "plain"
     if default == "plain":
         base.register(base.plain_task("plain"))

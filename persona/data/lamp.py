@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from persona.data import base
 from persona.data.base import DataConfig, People, Task
 from persona.data.lamp_tasks import FIELDS
-from persona.data.rows import field, first_few, open_file, read_json
+from persona.data.rows import check_folder, field, first_few, open_file, read_json
 from persona.data.table import Samples, TableWriter, cached_table
 from persona.errors import UserError
 from persona.types import HistoryItem, Message
@@ -31,8 +32,7 @@ def find_questions(folder: Path, split: str, task: str | None) -> Path | None:
 
     None when there is none; raises UserError when several remain, or the folder cannot be read.
     """
-    if not folder.is_dir():
-        raise UserError(f"data.path {folder} is not a folder; it should hold LaMP's <split>_questions.json files")
+    check_folder(folder, "data.path", "a folder with LaMP's <split>_questions.json files")
     found = sorted(path for depth in DEPTHS for path in folder.glob(f"{depth}{split}_questions.json"))
     if len(found) > 1 and task is not None:
         found = [path for path in found if task_of_folder(path.parent, folder) == task]
@@ -172,7 +172,9 @@ def outputs_path(questions: Path) -> Path:
 def _task_name(questions: Path, named: str | None, wanted: str | None, top: Path) -> str:
     stated = None if named is None else base.canonical(named)
     if stated and wanted and stated != wanted:
-        raise UserError(f"data.task is {wanted}, but {outputs_path(questions)} says its task is {stated}")
+        raise UserError(
+            f"{outputs_path(questions)} says its task is {stated}, but data.task or the train files say {wanted}"
+        )
     name = wanted or stated or task_of_folder(questions.parent, top.parent)
     if name is None:
         raise UserError(f"which task {questions} belongs to cannot be told from the files; name it with data.task")
@@ -211,10 +213,10 @@ def load(cfg: DataConfig) -> People:
     if cfg.path is None:
         raise UserError("data.path is not set; for data=lamp it should be the folder with LaMP's question files")
     folder = Path(cfg.path)
-    train, dev = read_split(folder, "train", cfg), read_split(folder, "dev", cfg)
-    names = [train[0].task, dev[0].task]
-    if names[0] != names[1]:
-        raise UserError(f"{folder}: the train files are of {names[0]}, the dev files of {names[1]}")
-    wanted = None if cfg.task is None else base.canonical(cfg.task)
-    test = () if find_questions(folder, "test", wanted) is None else read_split(folder, "test", cfg)
-    return People(f"lamp/{names[0]}", {names[0]: base.task(names[0], cfg.compat)}, train, dev, test)
+    train = read_split(folder, "train", cfg)
+    # Files that do not state their task are of the train files' one.
+    cfg = replace(cfg, task=train[0].task)
+    dev = read_split(folder, "dev", cfg)
+    test = () if find_questions(folder, "test", cfg.task) is None else read_split(folder, "test", cfg)
+    name = train[0].task
+    return People(f"lamp/{name}", {name: base.task(name, cfg.compat)}, train, dev, test)

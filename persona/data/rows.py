@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +13,14 @@ import orjson
 from persona.errors import UserError
 
 CHUNK = 1 << 16  # bytes
+
+
+def check_folder(folder: Path, key: str, should: str) -> None:
+    """Raise UserError when `folder`, given as the config's `key`, is no folder or may not be read."""
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise UserError(f"{key} {folder} could not be read: {error.strerror}; it should be {should}") from error
 
 
 def open_file(path: Path) -> BinaryIO:
