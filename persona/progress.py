@@ -57,5 +57,6 @@ class Bar:
 
     def set(self, completed: float, note: str | None = None) -> None:
         if self._progress is not None:
-            fields = {} if note is None else {"note": note}
-            self._progress.update(self._task, completed=completed, **fields)
+            self._progress.update(self._task, completed=completed)
+            if note is not None:
+                self._progress.update(self._task, note=note)

@@ -249,8 +249,8 @@ class KeyIndex:
     """128-bit key → value, over all segments of one index."""
 
     def __init__(self, folder: Path, states: Sequence[SegmentState], old: KeyIndex | None = None) -> None:
-        known = {} if old is None else {segment.state: segment for segment in old.segments}
-        self.segments = [known.get(state) or Segment(folder, state) for state in states]
+        known: dict[SegmentState, Segment] = {} if old is None else {s.state: s for s in old.segments}
+        self.segments: list[Segment] = [known.get(state) or Segment(folder, state) for state in states]
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """[m, 2] uint64 → [m] int64, -1 for an unknown key."""

@@ -201,7 +201,7 @@ class HistoryStore:
             wrong = unique[0] if unique[0] < 0 else unique[-1]
             raise UserError(f"{self.folder} has no row {wrong}; it has rows 0 to {manifest.rows - 1}")
         buffer = np.empty((len(unique), manifest.dim), dtype=self.dtype)
-        target, width = memoryview(buffer).cast("B"), buffer.itemsize * manifest.dim
+        target, width = buffer.data.cast("B"), buffer.itemsize * manifest.dim
         starts = np.flatnonzero(np.diff(unique, prepend=unique[0] - 2) != 1)
         ends = np.append(starts[1:], len(unique))
         for start, end, row in zip(starts.tolist(), ends.tolist(), unique[starts].tolist(), strict=True):
@@ -248,14 +248,14 @@ class HistoryStore:
         Writes nothing: for requests of users nobody has seen. Raises UserError when an encoder is needed and missing.
         """
         rows = self.find(texts)
-        known, new = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
-        if new.size and self.encoder is None:
+        known, new = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0).tolist()
+        if new and self.encoder is None:
             raise UserError(f"{texts[new[0]]!r:.80} is not in {self.folder}, and no encoder was given to encode it")
         dim = self.manifest.dim if self.manifest is not None else self.encoder.dim if self.encoder else 0
         out = np.empty((len(texts), dim), dtype=np.float32)
         if known.size:
             out[known] = self.read(rows[known])
-        if new.size and self.encoder is not None:
+        if new and self.encoder is not None:
             dtype = self.manifest.dtype if self.manifest is not None else self._dtype or DTYPES[0]
             out[new] = as_stored(self.encoder.encode([texts[i] for i in new]), dtype)
         return out

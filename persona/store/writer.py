@@ -138,6 +138,10 @@ class Writer:
     def add_vectors(self, texts: Sequence[str], vectors: np.ndarray) -> int:
         if vectors.ndim != 2 or len(vectors) != len(texts):
             raise UserError(f"{len(texts)} texts need vectors of shape [{len(texts)}, d], not {list(vectors.shape)}")
+        manifest, encoder = self.store.manifest, self.store.encoder
+        if manifest is not None and manifest.encoder is not None and encoder is None:
+            name = manifest.encoder["name"]
+            raise UserError(f"{self.store.folder} was made with the encoder {name}, needed to add ready-made vectors")
         contents = [_utf8(text, f"text {place}") for place, text in enumerate(texts)]
         digests = disk.digest_keys(contents).tobytes()
         first: dict[bytes, int] = {}
@@ -170,7 +174,7 @@ class Writer:
             rounded = self._rounded(manifest, vectors, contents)
             start = files.get("texts", FileState()).size
             ends = start + np.cumsum([len(content) for content in contents], dtype="<i8")
-            append("vectors", memoryview(rounded).cast("B"))
+            append("vectors", rounded.data.cast("B"))
             append("texts", b"".join(contents))
             append("text_ends", ends.tobytes())
             index("items", keys, manifest.rows + np.arange(len(keys)))
@@ -198,10 +202,14 @@ class Writer:
 
     def _new(self, vectors: np.ndarray | None) -> Manifest:
         encoder = self.store.encoder
-        if encoder is None and vectors is None:
+        if encoder is not None:
+            dim = encoder.dim
+        elif vectors is not None:
+            dim = vectors.shape[1]
+        else:
             raise UserError(f"{self.store.folder} is new and no encoder was given, so its vectors' width is not known")
         return Manifest(
-            dim=vectors.shape[1] if encoder is None else encoder.dim,
+            dim=dim,
             dtype=self.store._dtype or DTYPES[0],
             encoder=None if encoder is None else encoder.fingerprint,
             identity=uuid.uuid4().hex,
