@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: tiny models of real architectures, made once per session. Heavy imports stay inside."""
+"""Fixtures shared by all tests: tiny models of real architectures, made once a session. Heavy imports stay inside."""
 
 from __future__ import annotations
 

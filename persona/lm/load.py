@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -67,18 +68,20 @@ class BaseLM:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """Name, revision and a fingerprint of the weights: all shapes, and the values of the first embedding rows.
+        """Name, revision and a fingerprint of the weights: all shapes, and some values spread over every tensor.
 
-        Values are compared in bfloat16, so the same checkpoint loaded in another dtype keeps its fingerprint.
+        Values are compared in bfloat16, so a checkpoint loaded in float32 and in bfloat16 has one fingerprint, while
+        one that was fine-tuned has another.
         """
         if self._identity is None:
-            digest = hashlib.sha256()
+            shapes, values = hashlib.sha256(), hashlib.sha256()
             for key, tensor in sorted(self.model.state_dict().items()):
-                digest.update(f"{key}{tuple(tensor.shape)}".encode())
-            shapes = digest.hexdigest()[:16]
-            rows = self.embed.weight.detach()[:64].to("cpu", torch.bfloat16).contiguous()
-            values = hashlib.sha256(rows.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
-            self._identity = {"name": self.name, "revision": self.revision, "fingerprint": f"{shapes}-{values}"}
+                shapes.update(f"{key}{tuple(tensor.shape)}".encode())
+                if not tensor.is_meta:
+                    some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].to("cpu", torch.bfloat16)
+                    values.update(some.view(torch.int16).numpy().tobytes())
+            fingerprint = f"{shapes.hexdigest()[:16]}-{values.hexdigest()[:16]}"
+            self._identity = {"name": self.name, "revision": self.revision, "fingerprint": fingerprint}
         return self._identity
 
     # ---- messages to tokens -------------------------------------------------------------------------------------
@@ -182,8 +185,10 @@ def load(config: ModelConfig) -> BaseLM:
     Downloads only when `config.path` is a hub id. Raises UserError when the directory or id holds no usable model.
     """
     path = resolve(config.path)
-    looks_local = path.startswith((".", "/", "~")) or path in SHIPPED or path.count("/") != 1
-    if looks_local and not Path(path).expanduser().is_dir():
+    if path.startswith("~"):
+        path = str(Path(path).expanduser())
+    looks_local = path.startswith((".", "/")) or path in SHIPPED or path.count("/") != 1
+    if looks_local and not Path(path).is_dir():
         raise UserError(
             f"model.path={config.path!r} is neither a shipped model, a directory, nor a hub id (owner/name)"
         )
@@ -199,7 +204,7 @@ def load(config: ModelConfig) -> BaseLM:
             use_safetensors=True,
             **common,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).strip().splitlines()[0]

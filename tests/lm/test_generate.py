@@ -149,7 +149,8 @@ def test_sampling_follows_the_softmax(llama, temperature):
 def test_top_p_draws_only_from_the_nucleus(llama):
     prompt = llama.render(row(llama, "the fox").request.messages)
     with torch.no_grad():
-        p, order = llama.model(input_ids=torch.tensor([prompt])).logits[0, -1].float().softmax(-1).sort(descending=True)
+        logits = llama.model(input_ids=torch.tensor([prompt])).logits[0, -1].float()
+    p, order = logits.softmax(-1).sort(descending=True)
     nucleus = set(order[: int((p.cumsum(0) < 0.15).sum()) + 1].tolist())
     assert 1 < len(nucleus) < 50
     rows = [row(llama, "the fox", seed=s, temperature=1.0, top_p=0.15, max_new_tokens=1) for s in range(800)]
