@@ -83,11 +83,11 @@ def test_labels_as_published():
 
 
 def test_rouge_is_the_plain_mean_and_the_median_under_compat():
-    predictions = numbered("a b", "c", "e", *"xxxx")
-    golds = numbered("a b", "c d", "e f g h", *"yyyy")
-    values = [1, 2 / 3, 2 / 5, 0, 0, 0, 0]
+    # One word of i + 1: precision 1, recall 1 / (i + 1), F 2 / (i + 2).
+    predictions, golds = numbered(*"a" * 9), numbered(*("a" + " b" * i for i in range(9)))
+    values = [2 / (i + 2) for i in range(9)]
     result = score("LaMP_4", predictions, golds)
-    assert result == pytest.approx({"rouge1": sum(values) / 7, "rougeL": sum(values) / 7})
+    assert result == pytest.approx({"rouge1": sum(values) / 9, "rougeL": sum(values) / 9})
     published = score("LaMP_4", predictions, golds, "lamp_reference")
     assert published == score("LaMP_4", predictions, golds, "pplug_reference")
     assert published["rouge1"] == pytest.approx(bootstrap_median(values))
