@@ -13,6 +13,12 @@ from pathlib import Path
 from persona.errors import UserError
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -39,6 +45,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         raise _explain(error, path) from error
     os.close(handle)
     temporary = Path(name)
+    temporary.chmod(0o666 & ~_umask())  # mkstemp keeps others out; a result is an ordinary file
     try:
         yield temporary
         _sync(temporary)
