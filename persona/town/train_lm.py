@@ -72,7 +72,7 @@ class TrainConfig:
     intermediate: int = 512
     checkpoint_every: int = 500
     log_every: int = 50
-    threads: int = 2
+    threads: int = 1  # at this size a second thread waits more than it works, above all on a busy machine
 
 
 def stage_shares(progress: float) -> tuple[float, ...]:
