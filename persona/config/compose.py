@@ -1,0 +1,268 @@
+"""Composing configs, with all problems named at once before Hydra's own main would stop at the first.
+
+cfg = load_config("train", ["method=finetune_lora", "trainer.epochs=1"])        # tests, notebooks
+check_overrides(sys.argv[1:], "train")                                          # entry points (entry)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from persona.errors import UserError
+from persona.config.schemas import nearest, value_problems
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+# ---- binding -------------------------------------------------------------------------------------------------------
+
+
+def bind(cfg: DictConfig) -> Any:
+    """The composed config as its dataclass (TrainConfig or EvaluateConfig), nested ones included.
+
+    Raises UserError that lists every missing value, unknown choice and number out of range.
+    """
+    bound, problems = _bind(cfg)
+    if problems:
+        raise _joined(problems)
+    return bound
+
+
+def _bind(cfg: DictConfig) -> tuple[Any, list[str]]:
+    try:
+        missing = [f"{key} has no value: {key}=… sets it" for key in sorted(OmegaConf.missing_keys(cfg))]
+        bound = None if missing else OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        return None, [f"{error.full_key}: {_first_line(error)}" if error.full_key else _first_line(error)]
+    return bound, missing or list(value_problems(bound))
+
+
+def _bound(config_name: str, overrides: list[str]) -> tuple[Any, list[str]]:
+    """Compose and bind as Hydra's main would, so that `${hydra:…}` resolves; its own config is put back after."""
+    cfg = compose(config_name, overrides, return_hydra_config=True)
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(cfg)
+    try:
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return _bind(cfg)
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def load_config(config_name: str, overrides: Sequence[str] = ()) -> Any:
+    """Compose and bind without a command line, for tests and notebooks. Raises UserError as `check_overrides`."""
+    with _hydra(None):
+        problems = _compose_problems(config_name, list(overrides), multirun=False)
+        if problems:
+            raise _joined(problems)
+        return _bound(config_name, list(overrides))[0]
+
+
+# ---- all problems at once ------------------------------------------------------------------------------------------
+
+
+def check_overrides(argv: Sequence[str], config_name: str) -> None:
+    """Compose what the command line asks for, before Hydra does.
+
+    Raises UserError with one sentence per problem: unknown keys and group choices (naming the nearest), values of the
+    wrong type, overrides that cannot be read, unknown keys in YAML files, required values that are missing.
+    """
+    args = get_args_parser().parse_args(list(argv))
+    if args.help or args.hydra_help or args.shell_completion:
+        return
+    with _hydra(args.config_dir):
+        problems = _compose_problems(args.config_name or config_name, args.overrides, bool(args.multirun))
+        if problems:
+            raise _joined(problems)
+
+
+@contextmanager
+def _hydra(config_dir: str | None) -> Iterator[None]:
+    if not CONFIGS.is_dir():
+        raise UserError(f"{CONFIGS} is missing: install the repository with `pip install -e .`")
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(Path(config_dir).resolve() if config_dir else CONFIGS), version_base=None):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
+def _compose_problems(config_name: str, overrides: list[str], multirun: bool) -> list[str]:
+    parser, parsed, problems = OverridesParser.create(), [], []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException as error:
+            problems.append(f"{text!r} cannot be read as key=value: {_first_line(error)}")
+    plain = not any(o.is_add() or o.is_force_add() or o.is_delete() or o.is_sweep_override() for o in parsed)
+    if plain and not problems and not _try(config_name, overrides):
+        return _bound(config_name, overrides)[1]
+    # Something is wrong: one by one. Group choices first, since they decide which keys there are.
+    parsed.sort(key=lambda override: not _options(override.key_or_group))
+    kept: list[str] = []
+    yaml_problems = _try(config_name, kept)
+    for override in parsed:
+        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
+        if values is not None and not multirun:
+            problems.append(f"{override.input_line} gives several values: add --multirun to run each of them")
+            continue
+        text = override.input_line or ""
+        lines = [text] if values is None else [f"{text.partition('=')[0]}={value}" for value in values]
+        wrong = [sentence for line in lines if (sentence := _problem(config_name, kept, parser.parse_override(line)))]
+        problems.extend(wrong)
+        if not wrong:
+            kept.append(lines[0])
+    if yaml_problems and not _try(config_name, kept):
+        yaml_problems = []  # a group that was chosen replaced the broken file
+    if yaml_problems:
+        return yaml_problems + problems
+    return problems + _bound(config_name, kept)[1]
+
+
+def _try(config_name: str, overrides: list[str]) -> list[str]:
+    """What is wrong with the YAML files that are composed under overrides known to be right."""
+    try:
+        compose(config_name, overrides)
+    except MissingConfigException as error:
+        options = [option for option in error.options or () if not option.startswith("base_")]
+        return [f"{_first_line(error)}{nearest(str(error.missing_cfg_file).rpartition('/')[2], options)}"]
+    except yaml.YAMLError as error:
+        return [f"a YAML file cannot be read: {' '.join(str(error).split())}"]
+    except HydraException as error:
+        return _file_problems(config_name, overrides) or [_first_line(error)]
+    return []
+
+
+def _file_problems(config_name: str, overrides: list[str]) -> list[str]:
+    """Every key and value in the chosen YAML files that the schemas refuse; Hydra stops at the first."""
+    loader = GlobalHydra.instance().config_loader()
+    composed, problems = OmegaConf.create(), []
+    for default in loader.compute_defaults_list(config_name, overrides, RunMode.RUN).defaults:
+        if (default.config_path or "").startswith("hydra/"):
+            continue
+        loaded = loader._load_single_config(default, loader.repository).config  # type: ignore[attr-defined]
+        try:
+            composed.merge_with(loaded)
+            continue
+        except OmegaConfBaseException:
+            pass
+        where = f"configs/{default.config_path}.yaml"
+        for key, value in _leaves(OmegaConf.to_container(loaded)):
+            try:
+                OmegaConf.update(composed, key, value, merge=True)
+            except OmegaConfBaseException as error:
+                if OmegaConf.select(composed, key, default=_ABSENT, throw_on_missing=False) is _ABSENT:
+                    problems.append(f"{where}: unknown key {key}{_nearest_key(key, _keys(composed))}")
+                else:
+                    problems.append(f"{where}: {key}={value}: {_first_line(error)}")
+    return problems
+
+
+_ABSENT = object()
+
+
+def _problem(config_name: str, before: list[str], override: Override) -> str | None:
+    """One sentence about an override that does not compose, or would add what no schema has."""
+    key, text = override.key_or_group, override.input_line or ""
+    options = _options(key)
+    if options and not override.is_delete():
+        value = override.value()
+        for choice in value if isinstance(value, list) else [value]:
+            if isinstance(choice, str) and choice not in options:
+                return f"{key}={choice}: there is no such {key}{nearest(choice, options)} ({', '.join(options)})"
+    elif not key.startswith(("hydra.", "hydra/")):
+        try:
+            composed = compose(config_name, before)
+        except (HydraException, yaml.YAMLError):
+            composed = OmegaConf.create()  # the files are at fault, and are reported on their own
+        known = _keys(composed)
+        parent = key.rpartition(".")[0]
+        free = bool(parent) and parent in known and OmegaConf.get_type(OmegaConf.select(composed, parent)) is dict
+        if known and key not in known and not (free and (override.is_add() or override.is_force_add())):
+            if free:
+                return f"{text}: {parent} has no {key.rpartition('.')[2]} yet; write +{text} to add it"
+            return f"unknown key {key}{_nearest_key(key, [*known, *_groups(config_name)])}"
+        if override.is_delete():
+            return f"{text}: a key cannot be deleted; give it another value"
+        if override.is_add() and not free:
+            return f"{text}: {key} exists already; leave the + out"
+    try:
+        compose(config_name, [*before, text])
+    except (HydraException, OmegaConfBaseException) as error:
+        if _try(config_name, before):
+            return None
+        return f"{text}: {_first_line(error.__cause__ or error)}"
+    return None
+
+
+def _options(key: str) -> list[str]:
+    """The choices of a config group; empty when `key` is no group."""
+    loader = GlobalHydra.instance().config_loader()
+    group = key.partition("@")[0]
+    return [option for option in loader.get_group_options(group) if not option.startswith("base_")] if group else []
+
+
+def _groups(config_name: str) -> list[str]:
+    """The groups that the root config chooses from, those without a default included."""
+    defaults = GlobalHydra.instance().config_loader().compute_defaults_list(config_name, [], RunMode.RUN)
+    return [group for group in defaults.overrides.known_choices if not group.startswith("hydra/")]
+
+
+def _keys(composed: DictConfig) -> list[str]:
+    plain = OmegaConf.to_container(composed, resolve=False, throw_on_missing=False)
+    return [key for key, _ in _nodes(plain)] if isinstance(plain, dict) else []
+
+
+def _nodes(plain: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in plain.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, dict):
+            yield from _nodes(value, f"{prefix}{key}.")
+
+
+def _leaves(plain: Any) -> list[tuple[str, Any]]:
+    return [(key, value) for key, value in _nodes(plain) if not isinstance(value, dict) or not value]
+
+
+def _nearest_key(key: str, known: Sequence[str]) -> str:
+    """By the whole dotted key, else by its last part (`epochs` is `trainer.epochs`)."""
+    last = key.rpartition(".")[2]
+    by_last = {name.rpartition(".")[2]: name for name in sorted(known, key=lambda name: -name.count("."))}  # outermost
+    same_room = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+    for candidates in (same_room, known):
+        if near := get_close_matches(key, candidates, n=1, cutoff=0.75):
+            return f"; did you mean {near[0]}?"
+    if near := get_close_matches(last, by_last, n=1, cutoff=0.6):
+        return f"; did you mean {by_last[near[0]]}?"
+    room = key.rpartition(".")[0] if same_room else ""
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == room]
+    return f"; {room or 'the top level'} has {', '.join(dict.fromkeys(siblings))}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _joined(problems: Sequence[str]) -> UserError:
+    if len(problems) == 1:
+        return UserError(problems[0])
+    return UserError(f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in problems))

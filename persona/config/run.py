@@ -1,0 +1,169 @@
+"""Entry points, and what a run writes about itself.
+
+if __name__ == "__main__":
+    entry(train, "train")        # train(cfg: TrainConfig); tests call train(load_config("train", [...]))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import hydra
+import psutil
+import torch
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from persona.config.compose import CONFIGS, bind, check_overrides
+from persona.config.schemas import TrainConfig
+from persona.errors import UserError
+from persona.files import atomic_write
+from persona.training.trainer import Stopped
+
+# ---- entry points --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """A UserError becomes one line on stderr and exit status 2; a stopped training says how to go on (143)."""
+    rank = os.environ.get("RANK", "0")
+    who = "" if rank == "0" else f"[process {rank}] "
+    try:
+        yield
+    except UserError as error:
+        print(f"{who}error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except Stopped as stopped:
+        print(f"{who}{stopped.message}", file=sys.stderr, flush=True)
+        raise
+
+
+def entry(function: Callable[[Any], Any], config_name: str) -> None:
+    """The body of an entry point: check the command line, let Hydra compose, bind, and call `function(cfg)`.
+
+    In a multirun every job gets a folder of its own below `output`, named after its overrides.
+    """
+    with sentences():
+        check_overrides(sys.argv[1:], config_name)
+
+    @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)
+    def job(cfg: DictConfig) -> None:
+        with sentences():
+            bound = bind(cfg)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                bound.output = f"{bound.output}/{HydraConfig.get().job.override_dirname.replace('/', '_')}"
+            function(bound)
+
+    job()
+
+
+# ---- what a run writes about itself --------------------------------------------------------------------------------
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "deepspeed", "hydra-core", "numpy")
+
+
+# What may change between a run and the command that goes on with it: nothing here moves a weight.
+RESUMABLE = {
+    *("name", "output", "plan", "plan_gpus", "model.batch_size", "model.device", "model.device_map"),
+    *(f"trainer.{key}" for key in ("resume", "wandb", "workers", "keep_checkpoints", "log_every", "cpu")),
+    *("trainer.eval_every", "trainer.save_every", "trainer.deepspeed"),
+}
+
+
+def check_same_run(output: Path | str, cfg: TrainConfig) -> None:
+    """Before a run goes on from the checkpoints in `output`: they have to be of the same configuration.
+
+    Raises UserError that names what differs. Without checkpoints, or with trainer.resume=false, anything goes.
+    """
+    path = Path(output) / "config.yaml"
+    if not cfg.trainer.resume or not path.is_file() or not any((Path(output) / "checkpoints").glob("checkpoint-*")):
+        return
+    try:
+        there = dict(_flat(yaml.safe_load(path.read_text())))
+    except (yaml.YAMLError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read, so it is unknown what its checkpoints are of: delete {output}"
+        ) from error
+    here = dict(_flat(asdict(cfg)))
+    differ = [key for key in here if here[key] != there.get(key) and key not in RESUMABLE]
+    if differ:
+        shown = ", ".join(f"{key} ({there.get(key)} there, {here[key]} here)" for key in differ[:5])
+        raise UserError(
+            f"{output} holds checkpoints of another configuration: {shown}{', …' if len(differ) > 5 else ''}; "
+            "give this run another name=…, or trainer.resume=false to start over there"
+        )
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in plain.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def save_run_files(output: Path | str, cfg: Any) -> None:
+    """`config.yaml` (resolved) and `meta.json` (code, versions, seed, hardware, command) in `output`; rank zero only.
+
+    Nothing of the environment is written. Raises UserError when the folder cannot be written, or as `check_same_run`.
+    """
+    if isinstance(cfg, TrainConfig):
+        check_same_run(output, cfg)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    with atomic_write(Path(output) / "config.yaml") as path:
+        path.write_text(yaml.safe_dump(asdict(cfg), sort_keys=False, allow_unicode=True))
+    with atomic_write(Path(output) / "meta.json") as path:
+        path.write_text(json.dumps(run_meta(cfg), indent=2) + "\n")
+
+
+def run_meta(cfg: Any) -> dict[str, Any]:
+    """Code state, versions, seed, hardware and command line of this run, as JSON values."""
+    cuda = torch.cuda.is_available()
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git": _git(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "seed": cfg.trainer.seed if isinstance(cfg, TrainConfig) else cfg.benchmark.seed,
+        "hardware": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": os.cpu_count(),
+            "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        },
+    }
+
+
+def _git() -> dict[str, Any]:
+    def ask(*arguments: str) -> str | None:
+        command = ["git", "-C", str(CONFIGS.parent), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None  # no git, or no repository
+
+    status = ask("status", "--porcelain")
+    return {"sha": ask("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

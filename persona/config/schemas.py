@@ -1,0 +1,128 @@
+"""The schemas of all configs: which keys there are, of which types, and what their values may be.
+
+They are the dataclasses beside the code that reads them. Each is registered with Hydra as `<group>/base_<name>`, and
+every YAML under configs/ extends one (`defaults: [base_x, _self_]`), so that a key no dataclass has does not compose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from persona.benchmarks import BenchmarkConfig
+from persona.data import DataConfig, TownConfig
+from persona.lm.load import ModelConfig
+from persona.methods.finetune import FinetuneConfig
+from persona.methods.persona_plug import PersonaPlugConfig
+from persona.training.trainer import TrainerConfig
+
+# ---- schemas -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainConfig:
+    """`python train.py`. `personalizers` is the stack that the method is trained on top of (directories, names, or
+    {name: settings}); `plan_gpus` is read by `plan=true` only, which prints sizes and trains nothing."""
+
+    name: str = MISSING
+    output: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: Any = MISSING
+    method: Any = MISSING
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    personalizers: list[Any] = field(default_factory=list)
+    plan: bool = False
+    plan_gpus: int = 1
+
+
+@dataclass
+class EvaluateConfig:
+    """`python evaluate.py`. `baselines` maps a display name to a stack; each is measured on the same samples as
+    `personalizers`. Finished samples are kept between runs unless `overwrite`."""
+
+    name: str = MISSING
+    output: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: Any = MISSING
+    benchmark: Any = MISSING
+    personalizers: list[Any] = field(default_factory=list)
+    baselines: dict[str, list[Any]] = field(default_factory=dict)
+    overwrite: bool = False
+
+
+ROOTS: dict[str, type] = {"train": TrainConfig, "evaluate": EvaluateConfig}
+GROUPS: dict[str, dict[str, type]] = {
+    "model": {"base_model": ModelConfig},
+    "data": {"base_data": DataConfig, "base_town": TownConfig},
+    "method": {"base_persona_plug": PersonaPlugConfig, "base_finetune": FinetuneConfig},
+    "trainer": {"base_trainer": TrainerConfig},
+    "benchmark": {"base_benchmark": BenchmarkConfig},
+}
+# Texts that mean one of a few things: a typing error in them would otherwise show late, or not at all.
+CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
+    ModelConfig: {"dtype": ("float32", "bfloat16", "float16")},
+    TrainerConfig: {"precision": ("fp32", "bf16"), "wandb": ("offline", "online", "disabled")},
+    FinetuneConfig: {"mode": ("lora", "full", "user_lora"), "split": ("train", "dev", "test")},
+    PersonaPlugConfig: {"prefix_scale": ("measured", "none"), "compat": (None, "reference")},
+    BenchmarkConfig: {"split": ("train", "dev", "test"), "compat": (None, "lamp_reference", "pplug_reference")},
+}
+POSITIVE: dict[type, tuple[str, ...]] = {
+    ModelConfig: ("batch_size",),
+    TrainerConfig: ("batch_size", "gradient_accumulation", "epochs", "learning_rate", "log_every", "save_every"),
+    FinetuneConfig: ("r", "max_input_length"),
+    PersonaPlugConfig: ("history_limit", "temperature", "max_input_length"),
+    BenchmarkConfig: ("max_new_tokens", "num_beams"),
+    TrainConfig: ("plan_gpus",),
+}
+
+
+def _schema(cls: type) -> DictConfig:
+    """A structured config whose frozen dataclasses can be set while composing (OmegaConf makes them read-only)."""
+    node = OmegaConf.structured(cls)
+
+    def unlock(part: DictConfig) -> None:
+        part._set_flag("readonly", None)
+        for key in part:
+            child = part._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+                unlock(child)
+
+    unlock(node)
+    return node
+
+
+for _name, _cls in ROOTS.items():
+    ConfigStore.instance().store(name=f"base_{_name}", node=_schema(_cls), provider="persona")
+for _group, _schemas in GROUPS.items():
+    for _name, _cls in _schemas.items():
+        ConfigStore.instance().store(group=_group, name=_name, node=_schema(_cls), provider="persona")
+
+# ---- values --------------------------------------------------------------------------------------------------------
+
+
+def value_problems(node: Any, prefix: str = "") -> Iterator[str]:
+    """One sentence for each value in a bound config that is out of range or not among the choices."""
+    if isinstance(node, ModelConfig) and not node.path:
+        yield f"{prefix}path has no value: {prefix}path=… sets it"
+    for name in POSITIVE.get(type(node), ()):
+        if getattr(node, name) <= 0:
+            yield f"{prefix}{name}={getattr(node, name)} has to be greater than 0"
+    for name, choices in CHOICES.get(type(node), {}).items():
+        value = getattr(node, name)
+        if value not in choices:
+            known = ["null" if choice is None else choice for choice in choices]
+            yield f"{prefix}{name}={value} is unknown{nearest(str(value), known)} ({', '.join(known)})"
+    for part in fields(node):
+        if is_dataclass(getattr(node, part.name)):
+            yield from value_problems(getattr(node, part.name), f"{prefix}{part.name}.")
+
+
+def nearest(text: str, options: Sequence[str]) -> str:
+    """A hint to append to a sentence; empty without options."""
+    near = get_close_matches(text, options, n=1, cutoff=0.0)
+    return f"; did you mean {near[0]}?" if near else ""
