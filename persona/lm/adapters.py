@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -30,23 +31,30 @@ class Adapter:
 def load_adapter(folder: Path | str) -> Adapter:
     """Read `adapter_config.json` + `adapter_model.safetensors` as PEFT writes them.
 
-    Raises UserError for PEFT variants that are not a plain low-rank sum (DoRA, per-layer ranks, other tuners).
+    Raises UserError when the files are missing or damaged, and for PEFT variants that are not a plain low-rank sum
+    (DoRA, per-layer ranks, adapted embeddings, other tuners).
     """
     folder = Path(folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} is not a LoRA adapter in PEFT's format: {error}") from error
     odd = [
         key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias") if config.get(key)
     ]
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
+        pairs.setdefault(name, {})[part.split(".")[0]] = tensor
+    # Anything else than an A and a B: adapted embeddings, trained biases, copies of the embedding table.
+    odd += [name for name, pair in pairs.items() if set(pair) != {"A", "B"}][:1]
     if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
         raise UserError(
             f"{folder} is not a plain LoRA adapter ({', '.join(odd) or config.get('peft_type')}): only A·B sums load"
         )
     rank = config["r"]
     scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
-        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
-        pairs.setdefault(name, {})[part.split(".")[0]] = tensor
     return Adapter({name: (pair["A"], pair["B"]) for name, pair in pairs.items()}, dict.fromkeys(pairs, scaling))
 
 
