@@ -143,10 +143,20 @@ def track(estimate: Estimate, axes: Scale, look: Look, reference: float | None, 
     )
 
 
-def lines(labels: Sequence[str], series: Sequence[tuple[str, Look, Sequence[Estimate | None]]], title: str) -> Markup:
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One stack's estimates over ordered categories; `index` ties it to its entry in the legend."""
+
+    index: int
+    name: str
+    look: Look
+    estimates: Sequence[Estimate | None]
+
+
+def lines(labels: Sequence[str], series: Sequence[Series], title: str) -> Markup:
     """Estimates of several stacks over ordered categories, side by side in each, with their intervals."""
     height, top, bottom = 232, 10, 196
-    axes = scale(spread([entry for _, _, row in series for entry in row if entry is not None]))
+    axes = scale(spread([entry for one in series for entry in one.estimates if entry is not None]))
 
     def y(value: float) -> float:
         return round(bottom - (bottom - top) * axes.share(value), 1)
@@ -160,21 +170,24 @@ def lines(labels: Sequence[str], series: Sequence[tuple[str, Look, Sequence[Esti
     for i, label in enumerate(labels):
         middle = f"{width * (i + 0.5):.2f}%"
         parts.append(Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(middle, height - 16, label))
-    for number_of, (name, look, row) in enumerate(series):
-        offset = width * 0.6 * ((number_of + 0.5) / len(series) - 0.5)
-        places = [(width * (i + 0.5) + offset, entry) for i, entry in enumerate(row)]
-        for (x1, first), (x2, second) in zip(places, places[1:], strict=False):
+    for place, one in enumerate(series):
+        row = [None if entry is None or not math.isfinite(entry.value) else entry for entry in one.estimates]
+        offset = width * 0.6 * ((place + 0.5) / len(series) - 0.5)
+        xs = [width * (i + 0.5) + offset for i in range(len(labels))]
+        shapes = []
+        for x1, first, x2, second in zip(xs, row, xs[1:], row[1:], strict=False):
             if first is not None and second is not None:
                 line = Markup('<line class="link {}" x1="{:.2f}%" x2="{:.2f}%" y1="{}" y2="{}"/>')
-                parts.append(line.format(look.colour, x1, x2, y(first.value), y(second.value)))
-        for (x, entry), label in zip(places, labels, strict=True):
-            if entry is None or not math.isfinite(entry.value):
+                shapes.append(line.format(one.look.colour, x1, x2, y(first.value), y(second.value)))
+        for x, entry, label in zip(xs, row, labels, strict=True):
+            if entry is None:
                 continue
             if entry.low is not None and entry.high is not None:
                 line = Markup('<line class="interval {0}" x1="{1:.2f}%" x2="{1:.2f}%" y1="{2}" y2="{3}"/>')
-                parts.append(line.format(look.colour, x, y(entry.low), y(entry.high)))
-            said = f"{name}, {label}: {number(entry.value)} {bounds(entry)}, n = {entry.n}"
-            parts.append(mark(look, f"{x:.2f}%", str(y(entry.value)), said))
+                shapes.append(line.format(one.look.colour, x, y(entry.low), y(entry.high)))
+            said = f"{one.name}, {label}: {number(entry.value)} {bounds(entry)}, n = {entry.n}"
+            shapes.append(mark(one.look, f"{x:.2f}%", str(y(entry.value)), said))
+        parts.append(Markup('<g data-series="{}">{}</g>').format(one.index, Markup("").join(shapes)))
     return Markup('<div class="plot"><svg height="{}" role="img" aria-label="{}">{}</svg></div>').format(
         height, title, Markup("").join(parts)
     )

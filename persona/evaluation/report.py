@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,7 +97,9 @@ def write_report(
         loader=PackageLoader("persona.evaluation"), autoescape=select_autoescape(default=True),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(number=charts.number, signed=charts.signed, bounds=charts.bounds, p=_p_value)
+    environment.filters.update(
+        name=_breakable, number=charts.number, signed=charts.signed, bounds=charts.bounds, p=_p_value
+    )
     text = environment.get_template("report.html.jinja").render(
         title=title,
         baseline=baseline,
@@ -163,7 +166,7 @@ def _benchmark_part(
             said = f"{stack}: {charts.number(found.value)} {charts.bounds(found)}, n = {found.n}"
             svg = charts.track(found, axes, looks[stack], reference, said)
             tracks.append(Track(stack, found, comparisons.get((name, metric_name, stack)), svg))
-        by_history = _by_history(having, metric_name, metric, bins, looks) if len(bins) > 1 else None
+        by_history = _by_history(runs, metric_name, metric, bins, looks) if len(bins) > 1 else None
         parts.append(MetricPart(metric_name, metric, charts.axis(axes), tracks, by_history))
     return BenchmarkPart(
         name=name,
@@ -190,14 +193,14 @@ def _by_history(
     runs: Sequence[Run], name: str, metric: Metric, bins: Sequence[tuple[int, int]], looks: Mapping[str, charts.Look]
 ) -> Markup | None:
     series = []
-    for run in runs:
+    for index, run in enumerate(runs):
         row: list[Estimate | None] = []
         for low, high in bins:
             inside = [r for r in run.rows if r.values and low <= r.n_items <= high]
             values, clusters = [r.values for r in inside], [r.cluster for r in inside]
             row.append(estimate(values, clusters, name, metric, resamples=_BIN_RESAMPLES))
-        series.append((run.summary.stack, looks[run.summary.stack], row))
-    if not charts.spread([entry for _, _, row in series for entry in row if entry is not None]):
+        series.append(charts.Series(index, run.summary.stack, looks[run.summary.stack], row))
+    if not charts.spread([entry for one in series for entry in one.estimates if entry is not None]):
         return None
     labels = [str(low) if low == high else f"{low}–{high}" for low, high in bins]
     return charts.lines(labels, series, f"{name} by number of items in the user's history")
@@ -239,7 +242,8 @@ def _attention(entry: Attention) -> dict[str, Any]:
 def _embeddings(run: Run) -> tuple[Markup, list[tuple[str, Markup, int]]]:
     counts = Counter(point.group for point in run.plots.points)
     kept = [group for group, _ in counts.most_common(_SHOWN_GROUPS)]
-    names = sorted(kept)
+    # Numbers inside names count as numbers: "voice 2" comes before "voice 10".
+    names = sorted(kept, key=lambda group: [(part.isdigit(), part.zfill(9)) for part in re.split(r"(\d+)", group)])
     points: list[Point] = [
         point if point.group in kept else replace(point, group=OTHER, label=f"{point.label} ({point.group})")
         for point in run.plots.points
@@ -272,6 +276,11 @@ def _browser(runs: Sequence[Run], name: str, browse: int) -> dict[str, Any]:
              "options": row.options, "target": _cut(row.target), "replies": replies}
         )  # fmt: skip
     return {"benchmark": name, "total": len(runs[0].rows), "samples": samples}
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may be broken after its underscores."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def _plain(value: float) -> str:

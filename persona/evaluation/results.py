@@ -70,7 +70,7 @@ class Row:
 
     def line(self) -> bytes:
         """The row as one line of JSON, newline included."""
-        return (json.dumps(asdict(self), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return (json.dumps(asdict(self), ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace")
 
 
 _ROW_KEYS = {entry.name for entry in fields(Row)}

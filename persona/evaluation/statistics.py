@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import stats
@@ -15,6 +16,7 @@ from scipy import stats
 from persona.errors import UserError
 
 RESAMPLES = 5000
+PERMUTATIONS = 10_000
 _BLOCK = 2_000_000  # entries of one block of the resampling matrix: bounds memory, not results
 _EXACT_CLUSTERS = 12  # up to here all 2^clusters swaps are enumerated instead of drawn
 
@@ -139,16 +141,28 @@ def _number(clusters: Sequence[str]) -> tuple[np.ndarray, int]:
     return index, len(names)
 
 
+@lru_cache(maxsize=16)
+def _draws(n_clusters: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each cluster is in each resample, [resamples, clusters]; every metric of a report shares them."""
+    rng = np.random.default_rng(seed)
+    shares = np.full(n_clusters, 1.0 / n_clusters)
+    # One cluster is drawn about once, so a byte holds the count (n_clusters itself bounds it when there are few).
+    return rng.multinomial(n_clusters, shares, size=resamples).astype(np.uint8)
+
+
+@lru_cache(maxsize=16)
+def _swaps(n_clusters: int, permutations: int, seed: int) -> np.ndarray:
+    """Random bits, one per permutation and cluster, packed eight to a byte."""
+    return np.random.default_rng([seed, 1]).integers(0, 256, (permutations, -(-n_clusters // 8)), dtype=np.uint8)
+
+
 def _resample(n_clusters: int, resamples: int, seed: int, apply: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """`apply` to matrices [r, clusters] of how often each cluster was drawn; results joined to [resamples]."""
-    rng = np.random.default_rng(seed)
     block = max(1, _BLOCK // n_clusters)
-    shares = np.full(n_clusters, 1.0 / n_clusters)
-    parts = []
-    for start in range(0, resamples, block):
-        counts = rng.multinomial(n_clusters, shares, size=min(block, resamples - start))
-        parts.append(apply(counts.astype(np.float64)))
-    return np.concatenate(parts)
+    draws = _draws(n_clusters, resamples, seed)
+    return np.concatenate(
+        [apply(draws[start : start + block].astype(np.float64)) for start in range(0, resamples, block)]
+    )
 
 
 def interval(draws: np.ndarray, n_clusters: int, level: float = 0.95) -> tuple[float | None, float | None]:
@@ -205,7 +219,7 @@ def difference(
 
     `first[i]` and `second[i]` are two runs' values of the same sample. Under the null the two runs may be swapped
     within a cluster (for a mean: the sign of a cluster's summed difference may flip). With up to 12 clusters all
-    swaps are enumerated, else `resamples` are drawn and p = (1 + hits) / (1 + draws). None where no pair has the
+    swaps are enumerated, else PERMUTATIONS are drawn and p = (1 + hits) / (1 + draws). None where no pair has the
     metric's columns.
     """
     check_metric(name, metric)
@@ -220,34 +234,27 @@ def difference(
     value = float(finish(a.sum(axis=0)) - finish(b.sum(axis=0)))
     draws = _resample(n_clusters, resamples, seed, lambda counts: finish(counts @ a) - finish(counts @ b))
     low, high = interval(draws, n_clusters)
-    return Difference(value, low, high, _swap_test(a, b, finish, value, resamples, seed), len(keep), n_clusters)
+    return Difference(value, low, high, _swap_test(a, b, finish, value, seed), len(keep), n_clusters)
 
 
 def _swap_test(
-    a: np.ndarray,
-    b: np.ndarray,
-    finish: Callable[[np.ndarray], np.ndarray],
-    observed: float,
-    resamples: int,
-    seed: int,
+    a: np.ndarray, b: np.ndarray, finish: Callable[[np.ndarray], np.ndarray], observed: float, seed: int
 ) -> float:
     n_clusters = len(a)
+    total_a, total_b = a.sum(axis=0), b.sum(axis=0)
 
-    def swapped(keep: np.ndarray) -> np.ndarray:
-        return finish(keep @ a + (1 - keep) @ b) - finish(keep @ b + (1 - keep) @ a)
+    def hits(keep: np.ndarray) -> int:
+        kept = keep.astype(np.float64) @ (a - b)
+        return int(np.sum(np.abs(finish(total_b + kept) - finish(total_a - kept)) >= threshold))
 
     # Ties with the observed value must count although sums were taken in another order.
     threshold = abs(observed) - 1e-9 * max(1.0, abs(observed))
     if n_clusters <= _EXACT_CLUSTERS:
-        keep = (np.arange(2**n_clusters)[:, None] >> np.arange(n_clusters)) & 1
-        return float(np.mean(np.abs(swapped(keep.astype(np.float64))) >= threshold))
-    rng = np.random.default_rng([seed, 1])
-    block = max(1, _BLOCK // n_clusters)
-    hits = 0
-    for start in range(0, resamples, block):
-        keep = rng.integers(0, 2, size=(min(block, resamples - start), n_clusters))
-        hits += int(np.sum(np.abs(swapped(keep.astype(np.float64))) >= threshold))
-    return (1 + hits) / (1 + resamples)
+        return hits((np.arange(2**n_clusters)[:, None] >> np.arange(n_clusters)) & 1) / 2**n_clusters
+    packed, block = _swaps(n_clusters, PERMUTATIONS, seed), max(1, _BLOCK // n_clusters)
+    blocks = (packed[start : start + block] for start in range(0, PERMUTATIONS, block))
+    found = sum(hits(np.unpackbits(part, axis=1, count=n_clusters)) for part in blocks)
+    return (1 + found) / (1 + PERMUTATIONS)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

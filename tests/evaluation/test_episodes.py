@@ -222,6 +222,14 @@ def test_unscored_is_counted_and_other_errors_end_the_run_naming_the_sample(tmp_
     assert caught.value.__notes__ == ['This happened in benchmark "probe", sample "s0".']
 
 
+def test_half_a_surrogate_pair_in_a_text_does_not_end_the_run(tmp_path):
+    async def odd(sample, model):
+        return Score({"x": 1.0}, raw="half \ud83d of an emoji")
+
+    run(Probe(odd), ToyModel(), tmp_path)
+    assert read_rows(tmp_path / "samples.jsonl")[0].raw == "half ? of an emoji"
+
+
 def test_a_model_that_drops_an_answer_ends_the_run(tmp_path):
     model = ToyModel()
     model.respond = lambda requests: []

@@ -94,6 +94,13 @@
     next.disabled = page === pages - 1;
   };
 
+  document.querySelectorAll(".toggle").forEach((button) => button.addEventListener("click", () => {
+    const off = button.getAttribute("aria-pressed") === "true";
+    button.setAttribute("aria-pressed", String(!off));
+    button.closest(".history").querySelectorAll(`g[data-series="${button.dataset.series}"]`)
+      .forEach((group) => group.classList.toggle("off", off));
+  }));
+
   books.forEach((book, i) => {
     const option = make("option", book.benchmark);
     option.value = i;
