@@ -12,9 +12,6 @@ How LaMP's profile fields become a `HistoryItem`:
 | LaMP_7 | text        | -     | text                 | after the first ":"                       |
 
 Where a marker is missing the whole prompt is the query. The wording of the snippets is ours; their shapes are LaMP's.
-
-`Task.example` makes training pairs out of a profile for one adapter per user, as in LaMP's PEFT (reference/lamp.md
-§3.3): title to abstract (1), the first words to the rest (7), the task itself on past items (others).
 """
 
 from __future__ import annotations
@@ -115,20 +112,9 @@ def insert_after_title(snippets: Sequence[str], prompt: str) -> str:
     return f"{head}{word} {joined}, and{tail}" if word else f"{joined}. {prompt}"
 
 
-def _from_item(question: str) -> Callable[[HistoryItem], tuple[str, str] | None]:
-    """A past item asked about again: the question with its text, answered by its label; None where it has none."""
-    return lambda item: (question.format(text=item.text), item.label) if item.label else None
-
-
 def _abstract_of_title(item: HistoryItem) -> tuple[str, str] | None:
+    # LaMP_1 cannot be asked about a past item; LaMP's PEFT trains on title -> abstract (reference/lamp.md §3.3).
     return (f'Write the abstract of the paper with the title "{item.label}".', item.text) if item.text else None
-
-
-def _rest_of_text(item: HistoryItem) -> tuple[str, str] | None:
-    # The reference gives 10 to 25 % of the words, drawn anew each time; a sixth, and at least one, is within that.
-    words = item.text.split()
-    start = max(1, len(words) // 6)
-    return (f"Continue: {' '.join(words[:start])}", " ".join(words[start:])) if len(words) > 1 else None
 
 
 LAMP_1 = Task(
@@ -155,9 +141,6 @@ LAMP_2 = Task(
     snippet_text=_text,
     snippet=lambda item, text: f'the movie "{text}" has the tag "{item.label}"',
     join=_in_front(),
-    example=_from_item(
-        f"Which tag fits the movie? Answer with the tag alone. tags: [{', '.join(TAGS)}] description: {{text}}"
-    ),
     metrics=("accuracy", "f1"),
 )
 LAMP_3 = Task(
@@ -170,7 +153,6 @@ LAMP_3 = Task(
     snippet_text=_text,
     snippet=lambda item, text: f'{item.label} is the score for "{text}"',
     join=_in_front(),
-    example=_from_item("What score from 1 to 5 does this review give? Answer with the number alone. review: {text}"),
     metrics=("mae", "rmse"),
 )
 LAMP_4 = Task(
@@ -182,7 +164,6 @@ LAMP_4 = Task(
     snippet_text=_text,
     snippet=lambda item, text: f'"{_title(item)}" is the title for "{text}"',
     join=_in_front(),
-    example=_from_item("Write a headline for this article: {text}"),
     metrics=("rouge1", "rougeL"),
 )
 LAMP_5 = Task(
@@ -195,7 +176,6 @@ LAMP_5 = Task(
     snippet=lambda item, text: f'"{_title(item)}" is a title for "{text}"',
     join=_in_front("Like these patterns, "),
     trailing="Like these patterns, ",
-    example=_from_item("Write a title for this abstract of a paper: {text}"),
     metrics=("rouge1", "rougeL"),
 )
 LAMP_7 = Task(
@@ -208,7 +188,6 @@ LAMP_7 = Task(
     snippet=lambda item, text: f'"{text}"',
     join=_in_front("These were written by one person. Like these patterns, "),
     trailing="These were written by one person. Like these patterns, ",
-    example=_rest_of_text,
     metrics=("rouge1", "rougeL"),
 )
 LAMP_TASKS = {task.name: register(task) for task in (LAMP_1, LAMP_2, LAMP_3, LAMP_4, LAMP_5, LAMP_7)}

@@ -112,19 +112,7 @@ def test_pplug_texts_differ_in_three_places():
         data.task("LaMP_1", compat="reference")
 
 
-@pytest.mark.parametrize(
-    ("name", "prompt", "reply"),
-    [
-        ("LaMP_1", 'with the title "the label".', "a b: c {d} e f g h i j k l m"),
-        ("LaMP_2", "violence, true story] description: a b: c {d} e f g h i j k l m", "the label"),
-        ("LaMP_3", "review: a b: c {d} e f g h i j k l m", "the label"),
-        ("LaMP_4", "article: a b: c {d} e f g h i j k l m", "the label"),
-        ("LaMP_5", "paper: a b: c {d} e f g h i j k l m", "the label"),
-        ("LaMP_7", "Continue: a b:", "c {d} e f g h i j k l m"),
-    ],
-)
-def test_past_items_as_training_pairs(name, prompt, reply):
-    item = HistoryItem("1", "a b: c {d} e f g h i j k l m", "the label")
-    asked, answer = data.task(name).example(item)
-    assert asked.endswith(prompt) and answer == reply
-    assert data.task(name).example(HistoryItem("1", "" if name == "LaMP_1" else "one")) is None
+def test_past_papers_as_training_pairs():
+    example = data.task("LaMP_1").example
+    assert example(ITEM) == ('Write the abstract of the paper with the title "the label".', "the text")
+    assert example(HistoryItem("1", "", "the label")) is None
