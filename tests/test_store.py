@@ -14,7 +14,7 @@ import torch
 
 from persona.encoders import Encoder, EncoderConfig
 from persona.errors import UserError
-from persona.store import HistoryStore, as_stored, disk, history_key
+from persona.store import HistoryStore, StoreBusy, as_stored, disk, history_key
 
 fork = multiprocessing.get_context("fork")
 
@@ -342,7 +342,7 @@ def test_a_killed_build_goes_on_where_it_stopped(folder, tiny):
     deadline = time.monotonic() + 60
     while HistoryStore(folder).n_histories < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
-    with pytest.raises(UserError, match=f"being written by process {child.pid} on"):
+    with pytest.raises(StoreBusy, match=f"being written by process {child.pid} on"):
         HistoryStore(folder, tiny).add([("late", ["the rain"])], progress=False)
     child.kill()
     child.join()

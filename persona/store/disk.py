@@ -183,8 +183,9 @@ def pread(stream: BinaryIO, offset: int, count: int) -> bytes:
 
 def pread_into(stream: BinaryIO, offset: int, target: memoryview) -> None:
     """Fill `target` from `offset` on."""
-    while len(target):
-        done = os.preadv(stream.fileno(), [target], offset)
+    descriptor = stream.fileno()
+    while target:
+        done = os.preadv(descriptor, [target], offset)
         if not done:
             raise UserError(f"{stream.name} is cut short: nothing to read at byte {offset}")
         target = target[done:]

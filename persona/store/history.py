@@ -204,9 +204,11 @@ class HistoryStore:
         target, width = buffer.data.cast("B"), buffer.itemsize * manifest.dim
         starts = np.flatnonzero(np.diff(unique, prepend=unique[0] - 2) != 1)
         ends = np.append(starts[1:], len(unique))
+        stream = self._streams["vectors"]
         for start, end, row in zip(starts.tolist(), ends.tolist(), unique[starts].tolist(), strict=True):
-            disk.pread_into(self._streams["vectors"], row * width, target[start * width : end * width])
-        return buffer[inverse].astype(np.float32, copy=False)
+            disk.pread_into(stream, row * width, target[start * width : end * width])
+        # torch widens float16 several times as fast as numpy does.
+        return torch.from_numpy(buffer).float().numpy()[inverse]
 
     def text(self, row: int) -> str:
         """The text of one row."""
