@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import time
 
@@ -330,6 +331,37 @@ def test_an_append_killed_at_any_moment_leaves_the_store_as_before(filled, folde
             break
         assert code == -signal.SIGKILL
     assert kill_at > 15 and states == {(6, 3), (10, 3), (10, 7)}
+
+
+def test_a_full_disk_leaves_the_store_as_before(filled, folder):
+    """A limit on the size of files stands for the full disk: the kernel refuses the write in the middle of a file."""
+
+    def write():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        with pytest.raises(UserError, match="could not be written: File too large"):
+            filled.add_vectors(names(2000, start=6), np.zeros((2000, 4), np.float32))
+        assert filled.gather(["ada"])[0][0, :, 0].tolist() == [4, 0, 4]
+
+    assert in_child(write) == 0
+    store = HistoryStore(folder)
+    store.verify(progress=False)
+    assert len(store) == 6
+    assert store.add_vectors(names(2000, start=6), np.zeros((2000, 4), np.float32)) == 2000
+    store.verify(progress=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_named(filled, folder):
+    os.chmod(folder, 0o500)
+    with pytest.raises(UserError, match=f"{folder} could not be written to: Permission denied"):
+        filled.add_vectors(["z"], vectors(1))
+    assert len(HistoryStore(folder)) == 6
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=f"{tmp_path / 'file' / 'store'} could not be written to: Not a directory"):
+        HistoryStore(tmp_path / "file" / "store").add_vectors(["z"], vectors(1))
 
 
 @pytest.mark.multi_process
