@@ -10,6 +10,7 @@ Read on: rankers, the two personalizers; the token budget is in prompt_budget.py
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ from persona.types import HistoryItem, Message, Persona, Request
 RANKERS = ("none", "random", "recency", "bm25", "dense")
 PLAIN = plain_task("plain")  # the rules of requests that name no task
 BM25_K1, BM25_B, BM25_EPSILON = 1.5, 0.75, 0.25  # rank_bm25's BM25Okapi
+# bm25s sets its own logger to DEBUG and would write a line for every user's index.
+logging.getLogger("bm25s").setLevel(logging.WARNING)
 VECTORS_KEPT = 100_000  # encoded items remembered between calls: 150 MB at 384 dimensions
 
 # ---- rankers: positions of the best k items, best first ------------------------------------------------------------
