@@ -15,7 +15,7 @@ from persona.errors import UserError
 from persona.town import MODEL_PATH, grammar, measure_lm, oracle
 from persona.town import lexicon as lx
 from persona.town.tokenizer import BOS, END, ROLES, VOCABULARY_MULTIPLE, build_tokenizer, encode
-from persona.town.train_lm import TrainConfig, learning_rate, stage_shares, train
+from persona.town.train_lm import KIND_WEIGHTS, TrainConfig, learning_rate, stage_shares, train
 from persona.types import Message
 
 
@@ -106,9 +106,10 @@ def test_template_refuses_an_unknown_role(tokenizer):
 # --- training ----------------------------------------------------------------------------------------------------
 def test_schedules():
     assert stage_shares(0.0) == (0.8, 0.2, 0.0)
-    assert stage_shares(1.0) == (0.08, 0.17, 0.75)
+    assert stage_shares(1.0) == (0.08, 0.12, 0.80)
     for progress in (0.04, 0.08, 0.2, 0.3, 0.7):
         assert sum(stage_shares(progress)) == pytest.approx(1.0)
+    assert set(KIND_WEIGHTS) == set(grammar.document_kinds())
     config = TrainConfig(out=Path("unused"), steps=1000, learning_rate=1.0)
     assert learning_rate(config, 0) == pytest.approx(1 / 200)
     assert learning_rate(config, 500) == 1.0
