@@ -27,8 +27,12 @@ def evaluate(cfg: EvaluateConfig) -> Path:
     benchmark = benchmarks.build(cfg.benchmark, people)
     folder = Path(cfg.output) / "evaluation" / cfg.benchmark.name
     processes = PartialState()
-    # The first baseline is the one that differences are taken against; without baselines there is nothing to compare.
-    stacks: dict[str, list[Any]] = {**cfg.baselines, cfg.name: list(cfg.personalizers)}
+    measured = persona.load(base, cfg.personalizers, cfg.model.batch_size)
+    own = " + ".join(personalizer.method for personalizer in measured.personalizers) or "untouched"
+    if own in cfg.baselines:
+        own = cfg.name
+    # Differences are taken against the first stack: the first baseline, where there is one.
+    stacks: dict[str, list[Any]] = {**cfg.baselines, own: list(measured.personalizers)}
     for name, stack in stacks.items():
         model = persona.load(base, stack, cfg.model.batch_size)
         settings = {
