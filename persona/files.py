@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from persona.errors import UserError
 
 
@@ -27,8 +29,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _explain(error: OSError, target: Path) -> UserError:
-    return UserError(f"{target} could not be written: {error.strerror or error} (what stood there before is unchanged)")
+# safetensors reports a full disk as an error of its own.
+_FAILURES = (OSError, SafetensorError)
+
+
+def _explain(error: Exception, target: Path) -> UserError:
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"{target} could not be written: {reason} (what stood there before is unchanged)")
 
 
 @contextmanager
@@ -51,7 +58,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
-    except OSError as error:
+    except _FAILURES as error:
         raise _explain(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -74,18 +81,23 @@ def atomic_folder(folder: Path | str) -> Iterator[Path]:
         yield temporary
         for file in sorted(temporary.rglob("*")):
             if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors keeps others out as mkstemp does
                 _sync(file)
         if folder.exists():
             # A rename cannot replace a folder that holds files, so the old one steps aside first.
             old = folder.with_name(f".{folder.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
-            os.rename(temporary, folder)
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                os.rename(old, folder)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(temporary, folder)
         _sync(folder.parent)
-    except OSError as error:
+    except _FAILURES as error:
         raise _explain(error, folder) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

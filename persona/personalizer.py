@@ -85,16 +85,16 @@ class LanguageModel:
         self.batch_size = batch_size
         self.max_length = max_length or base.max_positions
 
-    def prompts(self, requests: Sequence[Request], reserve: int = 0) -> list[list[int]]:
-        """Token ids of every prompt, first door applied; cut so that `reserve` more positions and the reply fit."""
+    def prompts(self, requests: Sequence[Request], reserve: Sequence[int] | None = None) -> list[list[int]]:
+        """Token ids of every prompt, first door applied; each is cut so that its own `reserve` of further positions
+        fits (None: the reply's `max_new_tokens`)."""
         prompted: list[Request] = list(requests)
         for personalizer in self.personalizers:
             prompted = personalizer.prompt(prompted)
-        ids = []
-        for request in prompted:
-            room = None if self.max_length is None else self.max_length - reserve - request.sampling.max_new_tokens
-            ids.append(self.base.render(request.messages, room))
-        return ids
+        if reserve is None:
+            reserve = [request.sampling.max_new_tokens for request in requests]
+        rooms = [None if self.max_length is None else self.max_length - more for more in reserve]
+        return [self.base.render(request.messages, room) for request, room in zip(prompted, rooms, strict=True)]
 
     def prefixes(self, requests: Sequence[Request]) -> list[Tensor | None]:
         """Second door: the stack's vectors in front of each request, [n, hidden] or None."""
@@ -102,11 +102,13 @@ class LanguageModel:
         parts = [[column[i] for column in columns if column[i] is not None] for i in range(len(requests))]
         return [torch.cat(row) if row else None for row in parts]
 
-    def rows(self, requests: Sequence[Request]) -> list[Row]:
-        """Token ids and vectors in front for every request, doors one and two applied."""
+    def rows(self, requests: Sequence[Request], replies: Sequence[int] | None = None) -> list[Row]:
+        """Token ids and vectors in front for every request, doors one and two applied. `replies` are the lengths to
+        keep free behind the prompts (None: `max_new_tokens`)."""
         prefixes = self.prefixes(requests)
-        reserve = max((len(prefix) for prefix in prefixes if prefix is not None), default=0)
-        prompts = self.prompts(requests, reserve)
+        behind = [request.sampling.max_new_tokens for request in requests] if replies is None else replies
+        in_front = [0 if prefix is None else len(prefix) for prefix in prefixes]
+        prompts = self.prompts(requests, [a + b for a, b in zip(in_front, behind, strict=True)])
         return [Row(*row) for row in zip(prompts, prefixes, requests, strict=True)]
 
     @contextmanager
@@ -133,9 +135,7 @@ class LanguageModel:
             if not request.options:
                 raise UserError(f"choose() needs options, but the request {_short(request)!r} has none")
         options = [[self.base.encode_option(option) for option in request.options or ()] for request in requests]
-        with torch.no_grad():
-            scored = lm.score(self.base, self.rows(requests), options, self._edit_rows(requests), self.batch_size)
-        return [[float(logps.double().sum()) for logps in row] for row in scored]
+        return [[float(logps.double().sum()) for logps in row] for row in self._score(requests, options)]
 
     def loglikelihood(self, requests: Sequence[Request], replies: Sequence[str]) -> list[tuple[float, int]]:
         """Summed log p(reply, end of turn | prompt) and the number of tokens it is summed over."""
@@ -143,9 +143,13 @@ class LanguageModel:
         targets = [
             [self.base.render_reply(request.messages, reply)] for request, reply in zip(requests, replies, strict=True)
         ]
+        return [(float(row[0].double().sum()), len(row[0])) for row in self._score(requests, targets)]
+
+    def _score(self, requests: Sequence[Request], continuations: list[list[list[int]]]) -> list[list[Tensor]]:
+        longest = [max(len(tokens) for tokens in row) for row in continuations]
         with torch.no_grad():
-            scored = lm.score(self.base, self.rows(requests), targets, self._edit_rows(requests), self.batch_size)
-        return [(float(row[0].double().sum()), len(row[0])) for row in scored]
+            rows = self.rows(requests, longest)
+            return lm.score(self.base, rows, continuations, self._edit_rows(requests), self.batch_size)
 
 
 def _short(request: Request) -> str:
@@ -188,14 +192,17 @@ def read_manifest(folder: Path | str, base: BaseLM | None = None) -> dict[str, A
         raise UserError(f"{folder} is not a personalizer: it has no personalizer.json")
     try:
         manifest = json.loads(path.read_text())
-        version, files, made_for = manifest["format_version"], manifest["files"], manifest["base"]
-        method = manifest["method"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        version = manifest["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{folder} has format version {version}, this code reads version {FORMAT_VERSION}: train it again"
+            )
+        files, method, _ = dict(manifest["files"]), manifest["method"], dict(manifest["config"])
+        made_for, made_for_fingerprint = manifest["base"]["name"], manifest["base"]["fingerprint"]
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}; restore it or train again") from error
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has format version {version}, this code reads version {FORMAT_VERSION}: train it again"
-        )
     for name, expected in files.items():
         file = folder / name
         if not file.resolve().is_relative_to(folder.resolve()):
@@ -204,9 +211,9 @@ def read_manifest(folder: Path | str, base: BaseLM | None = None) -> dict[str, A
             raise UserError(f"{folder} lacks its file {name}: it was not copied whole")
         if sha256(file) != expected:
             raise UserError(f"{file} is not the file that was saved (its hash differs): it is damaged or was edited")
-    if base is not None and made_for["fingerprint"] != base.identity["fingerprint"]:
+    if base is not None and made_for_fingerprint != base.identity["fingerprint"]:
         raise UserError(
-            f"{folder} ({method}) was trained on base LM {made_for['name']} with fingerprint "
-            f"{made_for['fingerprint']}, but the base LM here is {base.name} with {base.identity['fingerprint']}"
+            f"{folder} ({method}) was trained on base LM {made_for} with fingerprint {made_for_fingerprint}, "
+            f"but the base LM here is {base.name} with {base.identity['fingerprint']}"
         )
     return manifest
