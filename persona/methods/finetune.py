@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +80,9 @@ def profile_pair(sample: Sample, item: HistoryItem) -> tuple[str, str] | None:
         return rules.example(item)
     if item.label is not None:
         prompt = sample.messages[-1].content
-        query = rules.query_text(prompt)
-        return (prompt.replace(query, item.text) if query else item.text), item.label
+        # The last place where the query stands: the instruction in front may hold the same words.
+        before, found, after = prompt.rpartition(rules.query_text(prompt) or prompt)
+        return (f"{before}{item.text}{after}" if found else item.text), item.label
     words = item.text.split()
     if len(words) < 2:
         return None
@@ -173,10 +174,10 @@ def train(config: FinetuneConfig, under: LanguageModel, people: People, trainer:
 
     Raises UserError for an unknown mode, a sample without target, or users without any usable past item.
     """
+    if config.mode not in TRAINERS:
+        raise UserError(f"method.mode={config.mode!r} is unknown: use one of {', '.join(TRAINERS)}")
     torch.manual_seed(trainer.seed)
     base = under.base
-    if config.mode not in ("full", "lora", "user_lora"):
-        raise UserError(f"method.mode={config.mode!r} is unknown: use full, lora or user_lora")
     prompter = LanguageModel(base, under.personalizers, under.batch_size, config.max_input_length)
 
     def collate(triples: list[tuple[Request, str, int]]) -> dict[str, Any]:
@@ -190,47 +191,85 @@ def train(config: FinetuneConfig, under: LanguageModel, people: People, trainer:
             "labels": torch.tensor([token for reply in replies for token in reply]),
         }
 
-    if config.mode == "user_lora":
-        triples, users = profile_pairs(people.split(config.split))
-        if not triples:
-            raise UserError(f"no user of the {config.split} split has a past item to learn from")
-        own = UserAdapters(linear_shapes(base.model), len(users), config.r, config.lora_alpha).to(base.device)
-        fit(FinetuneTraining(under, base.model, own), Pairs(triples), None, collate, trainer, out)
-        modules = {n: (own.down[i].detach(), own.up[i].detach()) for i, n in enumerate(own.names)}
-        personalizer: Personalizer = UserLoRA(base, users, modules, own.scaling)
-        return save(personalizer, base, out / "personalizer", under.personalizers)
+    # Remembered from here on: an adapter that training puts into the base's modules is not a part of the base.
+    _ = base.identity
 
-    bare = [sample.id for sample in (*people.train, *people.dev) if not sample.target]
-    if bare:
-        raise UserError(f"{len(bare)} samples have no target to learn from, the first is {bare[0]}")
-    data, dev = Pairs(pairs_of(people.train)), Pairs(pairs_of(people.dev))
-    if config.mode == "lora":
-        from peft import LoraConfig, get_peft_model  # takes seconds to import
+    def run(module: FinetuneTraining, train: Pairs, dev: Pairs | None, groups: list[dict] | None = None) -> None:
+        fit(module, train, dev, collate, trainer, out, groups)
 
-        lora = LoraConfig(
-            r=config.r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=config.target_modules,
-        )
-        peft_model = get_peft_model(base.model, lora)
-        try:
-            fit(FinetuneTraining(under, base.model), data, dev, collate, trainer, out)
-            peft_model.eval()
-            personalizer = LoRA.from_peft(base, peft_model)
+    try:
+        with TRAINERS[config.mode](config, under, people, run) as personalizer:
             return save(personalizer, base, out / "personalizer", under.personalizers)
-        finally:
-            peft_model.unload()
-    # The base LM stays what it was: a copy is trained, and takes the base's place for the length of training.
-    original = base.model
+    finally:
+        base.model.eval().requires_grad_(False)  # the Trainer switches dropout on
+
+
+@contextmanager
+def _full(config: FinetuneConfig, under: LanguageModel, people: People, run: Run) -> Iterator[Weights]:
+    # A copy is trained, and takes the base's place for the length of training.
+    base, original = under.base, under.base.model
     tuned = copy.deepcopy(original).requires_grad_(True)
     base.model, base.embed = tuned, tuned.get_input_embeddings()
     try:
-        fit(FinetuneTraining(under, tuned), data, dev, collate, trainer, out)
+        run(FinetuneTraining(under, tuned), *_splits(people))
     finally:
         base.model, base.embed = original, original.get_input_embeddings()
-        base.model.eval().requires_grad_(False)
-    return save(Weights(base, tuned.eval()), base, out / "personalizer", under.personalizers)
+    yield Weights(base, tuned.eval())
+
+
+@contextmanager
+def _lora(config: FinetuneConfig, under: LanguageModel, people: People, run: Run) -> Iterator[LoRA]:
+    from peft import LoraConfig, get_peft_model  # takes seconds to import
+
+    base = under.base
+    lora = LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+    )
+    data, dev = _splits(people)
+    try:
+        peft_model = get_peft_model(base.model, lora)
+    except ValueError as error:
+        raise UserError(
+            f"method.target_modules={config.target_modules!r} does not fit this base LM: it should be all-linear, or "
+            f"a regular expression that matches whole module names ({error})"
+        ) from error
+    try:
+        run(FinetuneTraining(under, base.model), data, dev)
+        yield LoRA.from_peft(base, peft_model.eval())
+    finally:
+        peft_model.unload()
+
+
+@contextmanager
+def _user_lora(config: FinetuneConfig, under: LanguageModel, people: People, run: Run) -> Iterator[UserLoRA]:
+    base = under.base
+    triples, users = profile_pairs(people.split(config.split))
+    if not triples:
+        raise UserError(f"no user of the {config.split} split has a past item to learn from")
+    own = UserAdapters(linear_shapes(base.model), len(users), config.r, config.lora_alpha).to(base.device)
+    # No decay: it would also move the adapters of users who are not in the batch.
+    groups = [{"params": list(own.parameters()), "weight_decay": 0.0}]
+    run(FinetuneTraining(under, base.model, own), Pairs(triples), None, groups)
+    modules = {n: (own.down[i].detach(), own.up[i].detach()) for i, n in enumerate(own.names)}
+    yield UserLoRA(base, users, modules, own.scaling)
+
+
+def _splits(people: People) -> tuple[Pairs, Pairs]:
+    bare = [sample.id for sample in (*people.train, *people.dev) if not sample.target]
+    if bare:
+        raise UserError(f"{len(bare)} samples have no target to learn from, the first is {bare[0]}")
+    return Pairs(pairs_of(people.train)), Pairs(pairs_of(people.dev))
+
+
+Run = Callable[..., None]
+TRAINERS: dict[str, Callable[..., AbstractContextManager[Personalizer]]] = {
+    "full": _full,
+    "lora": _lora,
+    "user_lora": _user_lora,
+}
 
 
 # ---- what is left behind -------------------------------------------------------------------------------------------
