@@ -24,8 +24,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from persona.errors import UserError
 from persona.config.schemas import nearest, value_problems
+from persona.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
