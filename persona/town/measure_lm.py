@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from persona.files import atomic_write
-from persona.town import MODEL_PATH, grammar, oracle
+from persona.town import MODEL_PATH, grammar, ideal, oracle
 from persona.town import assistant_documents as assistant
 from persona.town import lexicon as lx
 from persona.town import residents as rs
@@ -46,11 +46,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Probe:
-    """One line of the table. `note` says what a reply must be, and what guessing would give where that is not 0."""
+    """One line of the table. `note` says what a reply must be, and what guessing would give where that is not 0.
+
+    `ideal` is the share an ideal reader of the same past items gets right, where the items leave doubt.
+    """
 
     name: str
     note: str
     questions: Sequence[Question]
+    ideal: float | None = None
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
@@ -227,13 +231,22 @@ def _resident_probes(rng: random.Random, n: int) -> list[Probe]:
     def voice_named(who: Resident) -> str:
         return f"you are {who.latents.name} . {say.voice_statement(who.latents.name, who.latents.voice)}"
 
-    def from_items(resident: Resident, sample: Sample, count: int, relevant: bool) -> Conversation:
+    def draw_items(resident: Resident, sample: Sample, count: int, relevant: bool) -> list[HistoryItem]:
         pool: Sequence[HistoryItem] = resident.history
         if relevant:
             qualities = {word for word in question_of(sample).split() if word in lx.QUALITIES}
             pool = [item for item in pool if _same_kind(item, sample) and qualities & set(item.text.split())]
-        chosen = rng.sample(list(pool), min(count, len(pool)))
-        return _prompt("", say.history_prompt(chosen, question_of(sample)))
+        return rng.sample(list(pool), min(count, len(pool)))
+
+    def from_items(
+        name: str, note: str, pairs: Sequence[tuple[Resident, Sample]], rights: Sequence[Callable[[str], bool]],
+        count: int, relevant: bool,
+    ) -> Probe:  # fmt: skip
+        drawn = [draw_items(who, s, count, relevant) for who, s in pairs]
+        prompts = [_prompt("", say.history_prompt(items, question_of(s)))
+                   for items, (_, s) in zip(drawn, pairs, strict=True)]  # fmt: skip
+        best = [ideal.right_answer(s, items) for items, (_, s) in zip(drawn, pairs, strict=True)]
+        return Probe(name, note, list(map(Question, prompts, rights)), sum(best) / len(best))
 
     def words_right(resident: Resident) -> Callable[[str], bool]:
         own = resident.latents.words
@@ -250,12 +263,10 @@ def _resident_probes(rng: random.Random, n: int) -> list[Probe]:
               [Question(_prompt(say.description(who.latents), question_of(s)), words_right(who))
                for who, s in asked["town_reply"]]),
     ]  # fmt: skip
+    voices = [_is(oracle.voice, who.latents.voice) for who, _ in asked["town_reply"]]
     for count in ITEM_COUNTS:
-        chosen = [(who, from_items(who, s, count, False)) for who, s in asked["town_reply"]]
-        probes.append(
-            Probe(f"voice from {count} past items", "the writer's voice alone (items show it in part)",
-                  [Question(messages, _is(oracle.voice, who.latents.voice)) for who, messages in chosen])
-        )  # fmt: skip
+        name, note = f"voice from {count} past items", "the writer's voice alone; items drawn at random"
+        probes.append(from_items(name, note, asked["town_reply"], voices, count, False))
     for task, read in (("rating", oracle.rating), ("tag", oracle.tag)):
         pairs = asked[f"town_{task}"]
         targets = [s.target for _, s in pairs]
@@ -268,11 +279,7 @@ def _resident_probes(rng: random.Random, n: int) -> list[Probe]:
         )  # fmt: skip
         for count in ITEM_COUNTS:
             note = f"exact; items about one quality of the thing; most frequent {often:.2f}"
-            probes.append(
-                Probe(f"{task} from {count} relevant items", note,
-                      [Question(from_items(who, s, count, True), right)
-                       for (who, s), right in zip(pairs, wanted, strict=True)])
-            )  # fmt: skip
+            probes.append(from_items(f"{task} from {count} relevant items", note, pairs, wanted, count, True))
     return probes
 
 
@@ -283,14 +290,14 @@ def probes(n: int, seed: int = SEED) -> list[Probe]:
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n: int) -> list[dict[str, object]]:
-    """One row per probe: name, note, share right, 95 % Wilson interval, n, and two replies to look at."""
+    """One row per probe: name, note, share right, 95 % Wilson interval, n, ideal share, two replies to look at."""
     rows: list[dict[str, object]] = []
     for probe in track(probes(n), "measuring", console=Console(stderr=True)):
         replies = answer(model, tokenizer, [question.messages for question in probe.questions])
         right = [question.right(reply) for question, reply in zip(probe.questions, replies, strict=True)]
         low, high = wilson(sum(right), len(right))
         rows.append({"name": probe.name, "note": probe.note, "right": sum(right) / len(right), "low": low,
-                     "high": high, "n": len(right), "replies": replies[:2]})  # fmt: skip
+                     "high": high, "n": len(right), "ideal": probe.ideal, "replies": replies[:2]})  # fmt: skip
     return rows
 
 
@@ -301,10 +308,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=200, help="questions per probe")
     options = parser.parse_args(arguments)
     rows = measure(*load(options.model), options.n)
-    table = Table("what", "right", "95 % interval", "n", "counts as right")
+    table = Table("what", "right", "95 % interval", "n", "ideal", "counts as right")
     for row in rows:
         interval = f"{row['low']:.3f} – {row['high']:.3f}"
-        table.add_row(str(row["name"]), f"{row['right']:.3f}", interval, str(row["n"]), str(row["note"]))
+        best = "" if row["ideal"] is None else f"{row['ideal']:.2f}"
+        table.add_row(str(row["name"]), f"{row['right']:.3f}", interval, str(row["n"]), best, str(row["note"]))
     Console().print(table)
     with atomic_write(options.model / "capabilities.json") as temporary:
         temporary.write_text(json.dumps({"seed": SEED, "probes": rows}, indent=1) + "\n")
