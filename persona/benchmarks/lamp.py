@@ -269,7 +269,7 @@ class LaMP(Benchmark):
                 options = (sample.target, *self.others(sample))
                 logps = await model.choose(Request(sample.messages, sample.persona, sampling, options, sample.task))
                 per_byte = [p / len(option.encode()) for p, option in zip(logps, options, strict=True)]
-                values["choice"] = float(max(range(len(per_byte)), key=per_byte.__getitem__) == 0)
+                values["choice"] = float(all(per_byte[0] > other for other in per_byte[1:]))  # a tie is not found
         return Score(values, raw=reply)
 
     def write_artifacts(self, rows: Sequence[Row], folder: Path) -> None:

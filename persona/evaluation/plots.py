@@ -51,13 +51,14 @@ def draw(model: LanguageModel, samples: Sequence[Sample]) -> Plots | None:
             items = list(sample.persona.history)[-len(row) :] if len(row) else []
             pairs = tuple((item.text, float(weight)) for item, weight in zip(items, row, strict=True))
             attention.append(Attention(sample.persona.id, sample.messages[-1].content, pairs))
-        vectors = [v for v in personalizer.embeddings([_request(sample) for sample in users]) if v is not None]
-        if len(vectors) < 3:
+        vectors = personalizer.embeddings([_request(sample) for sample in users])
+        known = [(sample, vector) for sample, vector in zip(users, vectors, strict=True) if vector is not None]
+        if len(known) < 3:
             return Plots(tuple(attention), (), "")
-        flat = np.stack([vector.float().cpu().numpy().reshape(-1) for vector in vectors])
+        flat = np.stack([vector.float().cpu().numpy().reshape(-1) for _, vector in known])
         points = tuple(
             Point(float(x), float(y), sample.persona.id if sample.persona else "", sample.metadata.get("voice", ""))
-            for (x, y), sample in zip(plane(flat), users, strict=True)
+            for (x, y), (sample, _) in zip(plane(flat), known, strict=True)
         )
         return Plots(tuple(attention), points, "Vectors in front of the LM, first two principal components")
     return None
