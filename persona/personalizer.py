@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from persona import lm
@@ -162,21 +163,25 @@ def _short(request: Request) -> str:
 def save(personalizer: Personalizer, base: BaseLM, folder: Path | str, stack: Sequence[Personalizer] = ()) -> Path:
     """Write the directory whole or not at all: weights, then `personalizer.json` with a hash of every file.
 
-    `stack` names the personalizers it was trained on top of; the same belong below it when it is used.
+    `stack` names the personalizers it was trained on top of; the same belong below it when it is used. Of several
+    processes the first one writes, the others wait for it.
     """
     folder = Path(folder)
-    with atomic_folder(folder) as temporary:
-        personalizer.write(temporary)
-        files = sorted(file for file in temporary.rglob("*") if file.is_file())
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "method": personalizer.method,
-            "base": base.identity,
-            "config": personalizer.config(),
-            "trained_on_top_of": [below.method for below in stack],
-            "files": {str(file.relative_to(temporary)): sha256(file) for file in files},
-        }
-        (temporary / "personalizer.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    processes = PartialState()
+    if processes.is_main_process:
+        with atomic_folder(folder) as temporary:
+            personalizer.write(temporary)
+            files = sorted(file for file in temporary.rglob("*") if file.is_file())
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "method": personalizer.method,
+                "base": base.identity,
+                "config": personalizer.config(),
+                "trained_on_top_of": [below.method for below in stack],
+                "files": {str(file.relative_to(temporary)): sha256(file) for file in files},
+            }
+            (temporary / "personalizer.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    processes.wait_for_everyone()
     return folder
 
 
