@@ -26,8 +26,9 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from persona.data.base import People
+from persona.data.base import People, Task
 from persona.data.base import task as task_rules
 from persona.encoders import Encoder, EncoderConfig
 from persona.errors import UserError
@@ -36,7 +37,7 @@ from persona.lm.batch import forward_logits, nll_sum
 from persona.personalizer import LanguageModel, Personalizer, save
 from persona.store import HistoryStore, StoreBusy, history_key
 from persona.training.trainer import TrainerConfig, fit
-from persona.types import Persona, Request, Sample, Sampling
+from persona.types import Conversation, Persona, Request, Sample, Sampling
 
 # ---- config --------------------------------------------------------------------------------------------------------
 
@@ -87,7 +88,7 @@ class Histories:
         items = list(persona.history)[-self.config.history_limit :] if persona is not None else []
         if not task:
             return [item.text for item in items]
-        rules = task_rules(task, "pplug_reference" if self.config.compat == "reference" else None)
+        rules = rules_of(task, self.config.compat)
         read = rules.item_text_with_label if self.config.include_label else rules.item_text
         return [read(item) for item in items]
 
@@ -98,6 +99,7 @@ class Histories:
         """
         keys: list[str] = []
         missing: dict[str, list[str]] = {}
+        new: dict[tuple[int, str], tuple[Any, str]] = {}
         for persona, task in pairs:
             history = persona.history if persona is not None else ()
             # Histories do not change, so an object's key is remembered; keeping the object keeps its id taken.
@@ -107,17 +109,27 @@ class Histories:
                 continue
             texts = self.texts(persona, task)
             key = history_key(persona.id if persona is not None else "", texts)
-            self._known[id(history), task] = (history, key)
+            new[id(history), task] = (history, key)
             keys.append(key)
             if key not in self.store:
                 missing[key] = texts
         if missing:
-            try:
-                self.store.add(list(missing.items()), progress=progress)
-            except StoreBusy:
-                self._known.clear()
-                raise
+            self.store.add(list(missing.items()), progress=progress)
+        self._known.update(new)
         return keys
+
+    def gather(self, pairs: Sequence[tuple[Persona | None, str]]) -> tuple[Tensor, Tensor]:
+        """Vectors [B, N, d] and mask [B, N] of whole histories; what the store lacks is added to it, or encoded for
+        this once while another process is writing (evaluation on several processes)."""
+        try:
+            return self.store.gather_rows(self.store.rows_of(self.keys(pairs)))
+        except StoreBusy:
+            texts = [self.texts(persona, task) for persona, task in pairs]
+            mask = torch.arange(max(1, *map(len, texts))) < torch.tensor([len(row) for row in texts])[:, None]
+            found = torch.from_numpy(self.store.embed([text for row in texts for text in row]))
+            vectors = torch.zeros(*mask.shape, found.shape[1])
+            vectors[mask] = found
+            return vectors, mask
 
 
 def augmented(n: int, copy: int, seed: int, sample: int, drop: float) -> np.ndarray | None:
@@ -172,10 +184,15 @@ def request_of(sample: Sample) -> Request:
     return Request(sample.messages, sample.persona, Sampling(max_new_tokens=0), sample.options, sample.task)
 
 
-def query_text(request: Request) -> str:
+def query_text(request: Request, compat: str | None = None) -> str:
     """What the query encoder reads: the task's part of the last user message (all of it without a task)."""
     last = next((m.content for m in reversed(request.messages) if m.role == "user"), "")
-    return task_rules(request.task).query_text(last) if request.task else last
+    return rules_of(request.task, compat).query_text(last) if request.task else last
+
+
+def rules_of(task: str, compat: str | None) -> Task:
+    """A task's rules; `compat` "reference" takes Persona-Plug's published item and query texts."""
+    return task_rules(task, "pplug_reference" if compat == "reference" else None)
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------
@@ -262,6 +279,8 @@ class UserEmbedder(nn.Module):
         super().__init__()
         if config.user_tokens < 0 or not (config.user_tokens or config.instruction):
             raise UserError("with method.user_tokens=0 and method.instruction=false nothing stands in front of the LM")
+        if config.learn_temperature and not (config.input_aware and config.user_tokens):
+            raise UserError("method.learn_temperature=true has nothing to learn: no weight depends on the query")
         self.config, self.hidden, self.scale = config, hidden, scale
         # Equal weights need no query, so there is no query encoder then.
         self.query_encoder = encoder.module() if config.input_aware and config.user_tokens else None
@@ -342,6 +361,11 @@ class PlugTraining(nn.Module):
         super().train(mode)
         if not self.lm_dropout:
             self.lm.eval()
+            # transformers recomputes activations in blocks that are in train mode; what is in the blocks stays in
+            # eval mode, so nothing is dropped.
+            for block in self.lm.modules():
+                if isinstance(block, GradientCheckpointingLayer):
+                    block.training = mode
         return self
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
@@ -382,13 +406,19 @@ class PersonaPlug(Personalizer):
         rows = self.histories.store.rows_of(keys)
         kept = [row if keep is None else row[keep] for row, keep in zip(rows, keeps, strict=True)]
         history, mask = self.histories.store.gather_rows(kept)
+        return history, mask, self.queries(requests)
+
+    def queries(self, requests: Sequence[Request]) -> dict[str, Tensor] | None:
+        """Tokenised queries, on the CPU; None where there is no query encoder."""
         encoder = self.embedder.query_encoder
-        return history, mask, None if encoder is None else encoder.tokenize([query_text(r) for r in requests])
+        if encoder is None:
+            return None
+        return encoder.tokenize([query_text(request, self.settings.compat) for request in requests])
 
     def _inputs(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
-        keys = self.histories.keys([(request.persona, request.task) for request in requests])
+        history, mask = self.histories.gather([(request.persona, request.task) for request in requests])
         device = next(self.embedder.parameters()).device
-        history, mask, query = self.batch(keys, [None] * len(keys), requests)
+        query = self.queries(requests)
         query = None if query is None else {name: tensor.to(device) for name, tensor in query.items()}
         return history.to(device), mask.to(device), query
 
@@ -411,7 +441,12 @@ class PersonaPlug(Personalizer):
         return [row[real].cpu().numpy() for row, real in zip(weights, mask, strict=True)]
 
     def config(self) -> dict[str, Any]:
-        return {**asdict(self.settings), "scale": self.embedder.scale}
+        # The vectors in the store belong to the encoder's weights, and a folder of that name may hold others one day.
+        return {**asdict(self.settings), "scale": self.embedder.scale, "encoder_weights": self._encoder_weights}
+
+    @property
+    def _encoder_weights(self) -> str:
+        return str(self.encoder.fingerprint["weights"])
 
     def write(self, folder: Path) -> None:
         # A query encoder that was not trained is the published one, and is loaded from there again.
@@ -425,9 +460,13 @@ class PersonaPlug(Personalizer):
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any], base: BaseLM) -> PersonaPlug:
         config = dict(config)
-        scale = config.pop("scale")
+        scale, weights = config.pop("scale"), config.pop("encoder_weights")
         config["encoder"] = EncoderConfig(**config["encoder"])
         plug = cls(PersonaPlugConfig(**config), base, scale)
+        if plug._encoder_weights != weights:
+            raise UserError(
+                f"{folder} was trained with another encoder than the one that {plug.settings.encoder.name} is today"
+            )
         state = load_file(folder / "embedder.safetensors")
         own = plug.embedder.state_dict()
         wrong = sorted(name for name in state if name not in own or own[name].shape != state[name].shape)
@@ -451,6 +490,8 @@ def train(config: PersonaPlugConfig, under: LanguageModel, people: People, train
         raise UserError(f"method.compat={config.compat!r} is unknown: use null or reference")
     torch.manual_seed(trainer.seed)
     base = under.base
+    if not len(people.train):
+        raise UserError("there is nothing to train on: the training split is empty")
     bare = [sample.id for sample in (*people.train, *people.dev) if not sample.target]
     if bare:
         raise UserError(f"{len(bare)} samples have no target to learn from, the first is {bare[0]}")
@@ -459,14 +500,15 @@ def train(config: PersonaPlugConfig, under: LanguageModel, people: People, train
     train_data = PlugData(people.train, plug.histories, config.augment_copies, config.augment_drop, trainer.seed)
     dev_data = PlugData(people.dev, plug.histories, 0, 0.0, trainer.seed)
     prompter = LanguageModel(base, under.personalizers, under.batch_size, config.max_input_length)
-    rendered: dict[str, tuple[list[int], list[int]]] = {}
+    rendered: dict[tuple[str, Conversation], tuple[list[int], list[int]]] = {}
 
     def tokens(sample: Sample) -> tuple[list[int], list[int]]:
         # The same sample comes back in every copy and epoch; its tokens do not change.
-        if sample.id not in rendered:
+        key = (sample.id, sample.messages)  # ids may come again in another split
+        if key not in rendered:
             prompt = prompter.prompts([request_of(sample)])[0]
-            rendered[sample.id] = (prompt, base.render_reply(sample.messages, sample.target))
-        return rendered[sample.id]
+            rendered[key] = (prompt, base.render_reply(sample.messages, sample.target))
+        return rendered[key]
 
     def collate(examples: list[Example]) -> dict[str, Any]:
         requests = [request_of(example.sample) for example in examples]
@@ -489,5 +531,8 @@ def train(config: PersonaPlugConfig, under: LanguageModel, people: People, train
     if encoder:
         rate = trainer.learning_rate if config.encoder_learning_rate is None else config.encoder_learning_rate
         groups.append({"params": encoder, "lr": rate})
-    fit(module, train_data, dev_data, collate, trainer, out, groups)
+    try:
+        fit(module, train_data, dev_data, collate, trainer, out, groups)
+    finally:
+        module.eval()  # the base LM too: it is used on
     return save(plug, base, out / "personalizer", under.personalizers)
