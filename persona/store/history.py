@@ -22,6 +22,7 @@ from persona.store.disk import FileState, KeyIndex, Manifest
 from persona.store.writer import DTYPES, FILES, Added, Writer
 
 INDEXES = ("items", "users")
+PIECE_ROWS = 4096  # rows read together: bounds what reading needs beside its result
 RECORD_HEAD = 64  # items read together with a history's length: most histories need one read
 
 
@@ -190,18 +191,27 @@ class HistoryStore:
     def read(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
         """float32 [n, d]: the vectors of `rows`. They are read, not mapped: mapped pages would count as memory used.
 
-        Each different row is read once, neighbours in one call. Raises UserError on a row that is not there.
+        Neighbours are read in one call, and what is asked for twice among a few thousand rows is read once. Raises
+        UserError on a row that is not there.
         """
+        out = np.empty((len(rows), self.dim), dtype=np.float32)
+        self._read_into(np.asarray(rows, dtype=np.int64), out, np.arange(len(rows)))
+        return out
+
+    def _read_into(self, rows: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+        """out[places[i]] = vector of rows[i], in pieces, so that only `out` grows with their number."""
         manifest = self._opened()
-        rows = np.asarray(rows, dtype=np.int64)
-        if rows.size == 0:
-            return np.empty((0, manifest.dim), dtype=np.float32)
+        wrong = rows[(rows < 0) | (rows >= manifest.rows)]
+        if wrong.size:
+            raise UserError(f"{self.folder} has no row {wrong[0]}; it has rows 0 to {manifest.rows - 1}")
+        for start in range(0, len(rows), PIECE_ROWS):
+            piece = slice(start, start + PIECE_ROWS)
+            out[places[piece]] = self._read_piece(rows[piece])
+
+    def _read_piece(self, rows: np.ndarray) -> np.ndarray:
         unique, inverse = np.unique(rows, return_inverse=True)
-        if unique[0] < 0 or unique[-1] >= manifest.rows:
-            wrong = unique[0] if unique[0] < 0 else unique[-1]
-            raise UserError(f"{self.folder} has no row {wrong}; it has rows 0 to {manifest.rows - 1}")
-        buffer = np.empty((len(unique), manifest.dim), dtype=self.dtype)
-        target, width = buffer.data.cast("B"), buffer.itemsize * manifest.dim
+        buffer = np.empty((len(unique), self.dim), dtype=self.dtype)
+        target, width = buffer.data.cast("B"), buffer.itemsize * self.dim
         starts = np.flatnonzero(np.diff(unique, prepend=unique[0] - 2) != 1)
         ends = np.append(starts[1:], len(unique))
         stream = self._streams["vectors"]
@@ -241,7 +251,7 @@ class HistoryStore:
         mask = np.arange(longest) < lengths[:, None]
         vectors = np.zeros((len(rows), longest, self.dim), dtype=np.float32)
         if lengths.sum():
-            vectors[mask] = self.read(np.concatenate(rows))
+            self._read_into(np.concatenate(rows), vectors.reshape(-1, self.dim), np.flatnonzero(mask))
         return torch.from_numpy(vectors), torch.from_numpy(mask)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
