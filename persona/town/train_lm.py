@@ -65,7 +65,7 @@ REST_SHARE, REST_WEIGHT = 0.1, 0.3
 WARMUP_STEPS = 200
 # The learning rate stays flat and falls to zero over this last share, so that a run can be lengthened from a
 # checkpoint of its flat part without having annealed in vain.
-DECAY_SHARE = 0.25
+DECAY_SHARE = 0.45
 
 SampleDocument = Callable[[random.Random, int, str], Sequence[Message]]
 MicroBatch = tuple[Tensor, Tensor]
@@ -76,7 +76,7 @@ class TrainConfig:
     """`documents` per step are forwarded in `groups` of similar length. Sizes are those of the Llama architecture."""
 
     out: Path
-    steps: int = 15_000
+    steps: int = 16_000
     seed: int = 0
     documents: int = 12
     groups: int = 3

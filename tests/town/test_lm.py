@@ -113,7 +113,7 @@ def test_schedules():
     config = TrainConfig(out=Path("unused"), steps=1000, learning_rate=1.0)
     assert learning_rate(config, 0) == pytest.approx(1 / 200)
     assert learning_rate(config, 500) == 1.0
-    assert learning_rate(config, 875) == pytest.approx(0.5)  # the last quarter falls to zero: half way, half
+    assert learning_rate(config, 775) == pytest.approx(0.5)  # the last 45 % fall to zero: half way, half
 
 
 def tiny(out: Path, steps: int = 6) -> TrainConfig:
