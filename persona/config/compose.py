@@ -52,26 +52,13 @@ def _bind(cfg: DictConfig) -> tuple[Any, list[str]]:
     return bound, missing or list(value_problems(bound))
 
 
-def _bound(config_name: str, overrides: list[str]) -> tuple[Any, list[str]]:
-    """Compose and bind as Hydra's main would, so that `${hydra:…}` resolves; its own config is put back after."""
-    cfg = compose(config_name, overrides, return_hydra_config=True)
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(cfg)
-    try:
-        with open_dict(cfg):
-            del cfg["hydra"]
-        return _bind(cfg)
-    finally:
-        HydraConfig.instance().cfg = before
-
-
 def load_config(config_name: str, overrides: Sequence[str] = ()) -> Any:
     """Compose and bind without a command line, for tests and notebooks. Raises UserError as `check_overrides`."""
     with _hydra(None):
-        problems = _compose_problems(config_name, list(overrides), multirun=False)
-        if problems:
-            raise _joined(problems)
-        return _bound(config_name, list(overrides))[0]
+        bound, problems = _compose(config_name, list(overrides), multirun=False)
+    if problems:
+        raise _joined(problems)
+    return bound
 
 
 # ---- all problems at once ------------------------------------------------------------------------------------------
@@ -86,130 +73,154 @@ def check_overrides(argv: Sequence[str], config_name: str) -> None:
     args = get_args_parser().parse_args(list(argv))
     if args.help or args.hydra_help or args.shell_completion:
         return
-    with _hydra(args.config_dir):
-        problems = _compose_problems(args.config_name or config_name, args.overrides, bool(args.multirun))
-        if problems:
-            raise _joined(problems)
+    more = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
+    with _hydra(args.config_path):
+        _, problems = _compose(args.config_name or config_name, [*more, *args.overrides], bool(args.multirun))
+    if problems:
+        raise _joined(problems)
 
 
 @contextmanager
-def _hydra(config_dir: str | None) -> Iterator[None]:
+def _hydra(config_path: str | None) -> Iterator[None]:
     if not CONFIGS.is_dir():
         raise UserError(f"{CONFIGS} is missing: install the repository with `pip install -e .`")
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(Path(config_dir).resolve() if config_dir else CONFIGS), version_base=None):
+        with initialize_config_dir(str(Path(config_path).resolve() if config_path else CONFIGS), version_base=None):
             yield
     finally:
         GlobalHydra.instance().hydra = before
 
 
-def _compose_problems(config_name: str, overrides: list[str], multirun: bool) -> list[str]:
+def _compose(config_name: str, overrides: list[str], multirun: bool) -> tuple[Any, list[str]]:
+    """The bound config, or what is wrong. Hydra composes; only when it refuses is each part looked at on its own."""
     parser, parsed, problems = OverridesParser.create(), [], []
     for text in overrides:
         try:
             parsed.append(parser.parse_override(text))
         except HydraException as error:
             problems.append(f"{text!r} cannot be read as key=value: {_first_line(error)}")
-    plain = not any(o.is_add() or o.is_force_add() or o.is_delete() or o.is_sweep_override() for o in parsed)
-    if plain and not problems and not _try(config_name, overrides):
-        return _bound(config_name, overrides)[1]
-    # Something is wrong: one by one. Group choices first, since they decide which keys there are.
-    parsed.sort(key=lambda override: not _options(override.key_or_group))
-    kept: list[str] = []
-    yaml_problems = _try(config_name, kept)
+    first: list[str] = []  # of a sweep, its first job
+    singles: list[Override] = []
     for override in parsed:
+        text = override.input_line or ""
         values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
         if values is not None and not multirun:
-            problems.append(f"{override.input_line} gives several values: add --multirun to run each of them")
+            problems.append(f"{text} gives several values: add --multirun to run each of them")
             continue
-        text = override.input_line or ""
         lines = [text] if values is None else [f"{text.partition('=')[0]}={value}" for value in values]
-        wrong = [sentence for line in lines if (sentence := _problem(config_name, kept, parser.parse_override(line)))]
-        problems.extend(wrong)
-        if not wrong:
-            kept.append(lines[0])
-    if yaml_problems and not _try(config_name, kept):
-        yaml_problems = []  # a group that was chosen replaced the broken file
-    if yaml_problems:
-        return yaml_problems + problems
-    return problems + _bound(config_name, kept)[1]
-
-
-def _try(config_name: str, overrides: list[str]) -> list[str]:
-    """What is wrong with the YAML files that are composed under overrides known to be right."""
+        first.append(lines[0])
+        singles += [parser.parse_override(line) for line in lines]
+    # Hydra lets `+key` and `~key` change which keys there are; here only open mappings may grow.
+    closed = not any(o.is_add() or o.is_force_add() or o.is_delete() for o in singles)
+    refusal = ""
+    if not problems and closed and len(singles) == len(first):
+        try:
+            return _bound(config_name, first)
+        except (HydraException, yaml.YAMLError) as error:
+            refusal = _first_line(error)
+    groups = [override for override in singles if _options(override.key_or_group) and not override.is_delete()]
+    wrong = [sentence for override in groups if (sentence := _group_problem(override))]
+    chosen = [override.input_line or "" for override in groups if not _group_problem(override)]
+    composed, in_files = _compose_files(config_name, chosen)
+    problems = in_files + problems + wrong
+    if composed:
+        rest = [override for override in singles if not _options(override.key_or_group)]
+        problems += [sentence for o in rest if (sentence := _key_problem(o, composed, config_name))]
+        problems += [sentence for sentence in _bind(composed)[1] if problems and "interpolation" not in sentence]
+    if problems:
+        return None, problems
     try:
-        compose(config_name, overrides)
-    except MissingConfigException as error:
-        options = [option for option in error.options or () if not option.startswith("base_")]
-        return [f"{_first_line(error)}{nearest(str(error.missing_cfg_file).rpartition('/')[2], options)}"]
-    except yaml.YAMLError as error:
-        return [f"a YAML file cannot be read: {' '.join(str(error).split())}"]
+        return _bound(config_name, first)
     except HydraException as error:
-        return _file_problems(config_name, overrides) or [_first_line(error)]
-    return []
+        return None, [refusal or _first_line(error.__cause__ or error)]
 
 
-def _file_problems(config_name: str, overrides: list[str]) -> list[str]:
-    """Every key and value in the chosen YAML files that the schemas refuse; Hydra stops at the first."""
+def _bound(config_name: str, overrides: list[str]) -> tuple[Any, list[str]]:
+    """Compose and bind as Hydra's main would, so that `${hydra:…}` resolves; its own config is put back after."""
+    cfg = compose(config_name, overrides, return_hydra_config=True)
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(cfg)
+    try:
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return _bind(cfg)
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def _compose_files(config_name: str, groups: list[str]) -> tuple[DictConfig | None, list[str]]:
+    """The chosen YAML files put together without what the schemas refuse, and a sentence for each refusal.
+
+    Hydra would stop at the first. None where a file is missing or is no YAML: then nothing can be put together.
+    """
     loader = GlobalHydra.instance().config_loader()
     composed, problems = OmegaConf.create(), []
-    for default in loader.compute_defaults_list(config_name, overrides, RunMode.RUN).defaults:
-        if (default.config_path or "").startswith("hydra/"):
-            continue
-        loaded = loader._load_single_config(default, loader.repository).config  # type: ignore[attr-defined]
+    try:
+        defaults = loader.compute_defaults_list(config_name, groups, RunMode.RUN).defaults
+        parts = [
+            (default.config_path, loader._load_single_config(default, loader.repository).config)  # type: ignore[attr-defined]
+            for default in defaults
+            if not (default.config_path or "").startswith("hydra/")
+        ]
+    except MissingConfigException as error:
+        options = [option for option in error.options or () if not option.startswith("base_")]
+        return None, [f"{_first_line(error)}{nearest(str(error.missing_cfg_file).rpartition('/')[2], options)}"]
+    except yaml.YAMLError as error:
+        return None, [f"a YAML file cannot be read: {' '.join(str(error).split())}"]
+    except HydraException as error:
+        return None, [_first_line(error)]
+    for path, loaded in parts:
+        if OmegaConf.get_type(loaded) is dict:
+            loaded.pop("hydra", None)
         try:
             composed.merge_with(loaded)
             continue
         except OmegaConfBaseException:
             pass
-        where = f"configs/{default.config_path}.yaml"
         for key, value in _leaves(OmegaConf.to_container(loaded)):
             try:
                 OmegaConf.update(composed, key, value, merge=True)
             except OmegaConfBaseException as error:
-                if OmegaConf.select(composed, key, default=_ABSENT, throw_on_missing=False) is _ABSENT:
-                    problems.append(f"{where}: unknown key {key}{_nearest_key(key, _keys(composed))}")
-                else:
-                    problems.append(f"{where}: {key}={value}: {_first_line(error)}")
-    return problems
+                known = _keys(composed)
+                what = f"{key}={value}: {_first_line(error)}"
+                if key not in known:
+                    what = f"unknown key {key}{_nearest_key(key, known)}"
+                problems.append(f"configs/{path}.yaml: {what}")
+    return composed, problems
 
 
-_ABSENT = object()
-
-
-def _problem(config_name: str, before: list[str], override: Override) -> str | None:
-    """One sentence about an override that does not compose, or would add what no schema has."""
-    key, text = override.key_or_group, override.input_line or ""
+def _group_problem(override: Override) -> str | None:
+    key, value = override.key_or_group, override.value()
     options = _options(key)
-    if options and not override.is_delete():
-        value = override.value()
-        for choice in value if isinstance(value, list) else [value]:
-            if isinstance(choice, str) and choice not in options:
-                return f"{key}={choice}: there is no such {key}{nearest(choice, options)} ({', '.join(options)})"
-    elif not key.startswith(("hydra.", "hydra/")):
-        try:
-            composed = compose(config_name, before)
-        except (HydraException, yaml.YAMLError):
-            composed = OmegaConf.create()  # the files are at fault, and are reported on their own
-        known = _keys(composed)
-        parent = key.rpartition(".")[0]
-        free = bool(parent) and parent in known and OmegaConf.get_type(OmegaConf.select(composed, parent)) is dict
-        if known and key not in known and not (free and (override.is_add() or override.is_force_add())):
-            if free:
-                return f"{text}: {parent} has no {key.rpartition('.')[2]} yet; write +{text} to add it"
-            return f"unknown key {key}{_nearest_key(key, [*known, *_groups(config_name)])}"
-        if override.is_delete():
-            return f"{text}: a key cannot be deleted; give it another value"
-        if override.is_add() and not free:
-            return f"{text}: {key} exists already; leave the + out"
+    for choice in value if isinstance(value, list) else [value]:
+        if isinstance(choice, str) and choice not in options:
+            return f"{key}={choice}: there is no such {key}{nearest(choice, options)} ({', '.join(options)})"
+    return None
+
+
+def _key_problem(override: Override, composed: DictConfig, config_name: str) -> str | None:
+    """One sentence about an override of a value; a right one is applied to `composed`."""
+    key, text = override.key_or_group, override.input_line or ""
+    if key.startswith(("hydra.", "hydra/")):
+        return None  # Hydra's own settings; its main speaks for itself
+    known = _keys(composed)
+    parent, _, last = key.rpartition(".")
+    free = bool(parent) and parent in known and OmegaConf.get_type(OmegaConf.select(composed, parent)) is dict
+    adds = override.is_add() or override.is_force_add()
+    if key not in known and not (free and adds):
+        if free:
+            return f"{text}: {parent} has no {last} yet; write +{text} to add it"
+        return f"unknown key {key}{_nearest_key(key, [*known, *_groups(config_name)])}"
+    if override.is_delete():
+        return f"{text}: a key cannot be deleted; give it another value"
+    if override.is_add() and not free:
+        return f"{text}: {key} exists already; leave the + out"
     try:
-        compose(config_name, [*before, text])
-    except (HydraException, OmegaConfBaseException) as error:
-        if _try(config_name, before):
-            return None
-        return f"{text}: {_first_line(error.__cause__ or error)}"
+        OmegaConf.update(composed, key, override.value(), merge=True, force_add=free)
+    except OmegaConfBaseException as error:
+        return f"{text}: {_first_line(error)}"
     return None
 
 

@@ -65,7 +65,12 @@ def entry(function: Callable[[Any], Any], config_name: str) -> None:
             bound = bind(cfg)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 bound.output = f"{bound.output}/{HydraConfig.get().job.override_dirname.replace('/', '_')}"
-            function(bound)
+            try:
+                function(bound)
+            finally:
+                # A process that ends without this aborts now and then, after all work is done.
+                if torch.distributed.is_available() and torch.distributed.is_initialized():
+                    torch.distributed.destroy_process_group()
 
     job()
 
