@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from persona.config import EvaluateConfig, entry
+from persona.config import EvaluateConfig, entry, save_run_files
+from persona.errors import UserError
 
 
 def evaluate(cfg: EvaluateConfig) -> Path:
@@ -22,17 +23,24 @@ def evaluate(cfg: EvaluateConfig) -> Path:
     from persona.evaluation.episodes import run_benchmark
     from persona.evaluation.table import print_table
 
+    processes = PartialState()  # before the LM is loaded: it chooses this process's GPU
     base = lm.load(cfg.model)
     people = data.load(cfg.data)
     benchmark = benchmarks.build(cfg.benchmark, people)
     folder = Path(cfg.output) / "evaluation" / cfg.benchmark.name
-    processes = PartialState()
     measured = persona.load(base, cfg.personalizers, cfg.model.batch_size)
     own = " + ".join(personalizer.method for personalizer in measured.personalizers) or "untouched"
     if own in cfg.baselines:
         own = cfg.name
     # Differences are taken against the first stack: the first baseline, where there is one.
-    stacks: dict[str, list[Any]] = {**cfg.baselines, own: list(measured.personalizers)}
+    stacks: dict[str, list[Any]] = dict(cfg.baselines)
+    if measured.personalizers or [] not in stacks.values():
+        if own in stacks:
+            raise UserError(f"the baselines already have a stack called {own!r}: give this one another name=…")
+        stacks[own] = list(measured.personalizers)
+    if odd := [name for name in stacks if Path(name).name != name]:
+        raise UserError(f"{odd[0]!r} cannot name a folder of results: it should hold no slash")
+    save_run_files(folder, cfg)
     for name, stack in stacks.items():
         model = persona.load(base, stack, cfg.model.batch_size)
         settings = {

@@ -27,9 +27,9 @@ def train(cfg: TrainConfig) -> Path | None:
     import persona
     from persona import data, lm
 
+    PartialState(cpu=cfg.trainer.cpu)
     out = Path(cfg.output)
-    if PartialState(cpu=cfg.trainer.cpu or None).is_main_process:
-        save_run_files(out, cfg)
+    save_run_files(out, cfg)
     people = data.load(cfg.data)
     under = persona.load(lm.load(cfg.model), cfg.personalizers, cfg.model.batch_size)
     method = importlib.import_module(METHODS[cfg.method.name])

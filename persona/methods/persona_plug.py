@@ -431,8 +431,11 @@ class PersonaPlug(Personalizer):
         return vectors
 
     @torch.no_grad()
-    def attention(self, requests: Sequence[Request]) -> list[np.ndarray]:
-        """Per request the weights of its persona's encoded items (the last `history_limit`), in their order."""
+    def attention(self, requests: Sequence[Request]) -> list[np.ndarray] | None:
+        """Per request the weights of its persona's encoded items (the last `history_limit`), in their order; None
+        where no vector of the user is used."""
+        if not self.settings.user_tokens:
+            return None
         self.embedder.eval()
         history, mask, query = self._inputs(requests)
         weights = attention_weights(
