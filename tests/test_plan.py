@@ -1,0 +1,248 @@
+"""The plan's figures against models that are really built, published sizes, and arithmetic by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from persona import data
+from persona.config import TrainConfig, load_config
+from persona.encoders import Encoder, EncoderConfig
+from persona.errors import UserError
+from persona.methods.finetune import UserAdapters, linear_shapes
+from persona.methods.persona_plug import UserEmbedder
+from persona.plan import Part, memory, plan
+from persona.plan.models import count_kept, lm_activations, meta_lm
+from persona.plan.sizes import data_size
+
+SMALL_TOWN = ["data.train=4", "data.dev=2", "data.test=1"]
+PAPER = ["data=lamp", "data.task=LaMP_4", "trainer=paper", "plan_gpus=4", "method.encoder.name=BAAI/bge-base-en-v1.5"]
+
+
+def config(*overrides: str) -> TrainConfig:
+    return load_config("train", list(overrides))
+
+
+def count(parts: list[Part], start: str) -> int:
+    found = [part.parameters for part in parts if part.name.startswith(start)]
+    assert len(found) == 1, [part.name for part in parts]
+    return found[0]
+
+
+# ---- parameters ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "projector"),
+    [
+        # projector: Linear(768, h), Linear(h, h), with biases
+        ("flan_t5_xxl", 11_135_332_352, 769 * 4096 + 4097 * 4096),
+        ("flan_t5_xl", 2_849_757_184, 769 * 2048 + 2049 * 2048),
+        ("llama2_7b", 6_738_415_616, 769 * 4096 + 4097 * 4096),
+    ],
+)
+def test_published_sizes(model: str, parameters: int, projector: int) -> None:
+    made = plan(config(f"model={model}", *PAPER))
+    assert count(made.parts, "base LM") == parameters
+    assert count(made.parts, "query encoder") == 108_891_648  # BERT-base, 109.48 million, without its pooler
+    assert count(made.parts, "projector") == count(made.parts, "instruction projector") == projector
+    assert count(made.parts, "instruction vector") == 768
+    if model != "flan_t5_xl":  # PPlug reference note 3.3, for d_llm 4096
+        assert 2 * projector + 768 == 39_863_040
+    assert made.parameters - made.trainable == parameters
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "t5"])
+def test_base_and_adapters_as_really_built(name: str, load_base, model_folder) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = load_base(name)
+    here = [f"model.path={model_folder(name)}", *SMALL_TOWN]
+    total = sum(p.numel() for p in base.model.parameters())
+    lora = plan(config(*here, "method=finetune_lora", "method.r=3"))
+    assert count(lora.parts, "base LM") == total
+    settings = LoraConfig(r=3, target_modules="all-linear")
+    adapted = get_peft_model(type(base.model)(base.model.config), settings)
+    assert lora.trainable == sum(p.numel() for p in adapted.parameters() if p.requires_grad) > 0
+    users = plan(config(*here, "method=user_lora", "method.r=3"))
+    own = UserAdapters(linear_shapes(base.model), 2, 3, 32)  # the two residents of dev
+    assert users.trainable == sum(p.numel() for p in own.parameters()) > 0
+    full = plan(config(*here, "method=finetune_full"))
+    assert full.trainable == total
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["method.user_tokens=3", "method.learn_temperature=true"],
+        ["method.instruction=false", "method.train_query_encoder=false"],
+        ["method.user_tokens=0"],
+        ["method.input_aware=false"],
+    ],
+)
+def test_user_embedder_as_really_built(settings: list[str], llama, model_folder, encoder_folder: Path) -> None:
+    encoder = [f"method.encoder.name={encoder_folder}", "method.encoder.pooling=mean"]
+    cfg = config(f"model.path={model_folder('llama')}", *encoder, *settings, *SMALL_TOWN)
+    real = UserEmbedder(cfg.method, Encoder(cfg.method.encoder), llama.hidden_size, 1.0)
+    made = plan(cfg)
+    assert made.trainable == sum(p.numel() for p in real.parameters() if p.requires_grad) > 0
+    embedder = sum(part.parameters for part in made.parts if part.name != "base LM")
+    assert embedder == sum(p.numel() for p in real.parameters())
+
+
+def test_minilm_is_counted_from_its_own_config() -> None:
+    made = plan(config(*SMALL_TOWN))
+    real = Encoder(EncoderConfig()).module()
+    assert count(made.parts, "query encoder") == sum(p.numel() for p in real.parameters())
+
+
+def test_no_weight_is_needed(model_folder, tmp_path: Path) -> None:
+    folder = tmp_path / "config only"
+    folder.mkdir()
+    shutil.copy(model_folder("llama") / "config.json", folder)
+    made = plan(config(f"model.path={folder}", "method=finetune_lora", *SMALL_TOWN))
+    assert count(made.parts, "base LM") > 0
+    assert "1.3 per word" in made.data.source  # no tokenizer either
+    assert all(parameter.is_meta for parameter in meta_lm(str(folder), None, {}, torch.float32).parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_its_own_is_counted(tied: bool, model_folder, tmp_path: Path) -> None:
+    raw = json.loads((model_folder("t5") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": tied}))
+    model = meta_lm(str(tmp_path), None, {}, torch.float32)
+    shared = model.get_input_embeddings().weight.numel()
+    without_head = sum(p.numel() for name, p in model.named_parameters() if name != "lm_head.weight")
+    assert sum(p.numel() for p in model.parameters()) == without_head + (0 if tied else shared)
+
+
+# ---- activations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_activations_are_those_of_a_real_forward(name: str, trained: bool, model_folder) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    batch, prompt, reply = 3, 7, 5
+    hf = AutoConfig.from_pretrained(model_folder(name))
+    kind = AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
+    real = kind.from_config(hf, attn_implementation="eager").requires_grad_(trained).eval()
+    with torch.device("meta"):
+        empty = kind.from_config(hf, attn_implementation="eager").requires_grad_(trained).eval()
+    length = prompt + 2 + (0 if name == "t5" else reply)
+    embeds = torch.randn(batch, length, real.get_input_embeddings().weight.shape[1], requires_grad=True)
+    mask = torch.zeros(batch, 1, 1 if name == "t5" else length, length)
+    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False}
+    if name == "t5":
+        inputs["decoder_input_ids"] = torch.zeros(batch, reply, dtype=torch.long)
+    expected = count_kept(real, lambda: real(**inputs))
+    assert lm_activations(empty, batch, prompt, reply, prefix=2) == expected > 0
+
+
+def test_checkpointing_keeps_less_and_gradients_cost_more() -> None:
+    plug = plan(config("model=llama2_7b", *PAPER)).memory[0].activations
+    assert (
+        plan(config("model=llama2_7b", *PAPER, "trainer.gradient_checkpointing=true")).memory[0].activations < plug / 3
+    )
+    twice = plan(config("model=llama2_7b", *PAPER, "trainer.batch_size=4")).memory[0].activations
+    assert 1.9 < twice / plug <= 2.01
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+PARTS = [Part("base LM", 1000, False, 2), Part("embedder", 100, True, 4)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "gpus", "weights", "gradients", "optimizer"),
+    [
+        ("one GPU", 1, 1000 * 2 + 100 * 4 + 100 * 2, 400, 800),
+        ("DDP", 4, 1000 * 2 + 100 * 4 + 100 * 2, 800, 800),
+        ("ZeRO-1", 4, 1100 * 2, 200, 300),
+        ("ZeRO-2", 4, 1100 * 2, 50, 300),
+        ("ZeRO-3", 4, 550, 50, 300),
+    ],
+)
+def test_memory_by_hand(layout: str, gpus: int, weights: int, gradients: int, optimizer: int) -> None:
+    made = memory(layout, gpus, PARTS, bf16=True, activations=7, logits=5)
+    assert (made.weights, made.gradients, made.optimizer) == (weights, gradients, optimizer)
+    assert made.total == weights + gradients + optimizer + 12
+
+
+def test_memory_in_float32_and_of_what_zero_does_not_divide() -> None:
+    parts = [Part("trained copy", 100, True, 4), Part("as it was", 100, False, 4, sharded=False)]
+    plain = memory("one GPU", 1, parts, bf16=False, activations=0, logits=0)
+    assert (plain.weights, plain.gradients, plain.optimizer) == (800, 400, 800)
+    assert memory("ZeRO-3", 4, parts, bf16=False, activations=0, logits=0).weights == 400 + 100
+
+
+def test_layouts_follow_the_number_of_gpus() -> None:
+    four = plan(config("model=flan_t5_xl", *PAPER))
+    assert [(m.layout, m.gpus) for m in four.memory] == [
+        *(("one GPU", 1), ("DDP", 4), ("ZeRO-1", 4), ("ZeRO-2", 4), ("ZeRO-3", 4)),
+    ]
+    totals = [m.total for m in four.memory]
+    assert totals[1] > totals[2] > totals[3] > totals[4]
+    assert len(plan(config("model=flan_t5_xl", *PAPER, "plan_gpus=1")).memory) == 1
+
+
+# ---- tokens and steps ----------------------------------------------------------------------------------------------
+
+
+def test_steps_of_the_paper_by_hand() -> None:
+    made = plan(config("experiment=persona_plug_flan_t5_xl", "data.task=LaMP_4"))
+    assert made.data.samples == 12_500 * 11
+    assert made.global_batch == 64
+    # 137,500 samples in 17,188 batches of 2 on 4 GPUs, 8 of them a step; two epochs
+    assert (made.steps_per_epoch, made.steps) == (2149, 4298)
+    per_sample = 29.97 + (10.07 + 1) + 2  # prompt, reply and its end, [I; P_u]
+    assert made.tokens_per_step == round(64 * per_sample)
+    assert made.tokens_per_epoch == round(137_500 * per_sample)
+    logits = 2 * (21 * 32_128) * (2 + 12)  # decoder positions: 10.07 + 3 · 3.10, rounded up, and the end
+    assert made.memory[0].logits == logits
+    assert plan(config("experiment=persona_plug_flan_t5_xl", "trainer.max_steps=7")).steps == 7
+
+
+def test_the_size_of_real_data_is_counted() -> None:
+    cfg = config(*SMALL_TOWN, "method.history_limit=30")
+    people = data.load(cfg.data)
+    size = data_size(cfg)
+    assert len(people.train) == 4 * 10
+    assert size.samples == 11 * len(people.train)  # every resident has more than two items
+    assert size.history_longest == 30
+    assert 1 <= size.prompt_mean <= size.prompt_longest <= 256
+    assert size.users == 4
+    assert data_size(config(*SMALL_TOWN, "method=instruction_only")).samples == len(people.train)
+
+
+def test_published_sizes_of_per_user_adapters() -> None:
+    size = data_size(config("data=lamp", "data.task=lamp-3", "method=user_lora"))
+    assert (size.users, size.samples) == (2500, round(2500 * 185.40))
+
+
+# ---- what is said --------------------------------------------------------------------------------------------------
+
+
+def test_it_prints_what_it_found() -> None:
+    out = io.StringIO()
+    plan(config("experiment=persona_plug_flan_t5_xxl", "data.task=LaMP_3")).print(Console(file=out, width=160))
+    text = out.getvalue()
+    for part in ("11,135,332,352", "148,758,784 (1.32 %)", "ZeRO-3 × 4", "activations", "64 samples", "table 6"):
+        assert part in text
+
+
+def test_what_cannot_be_planned_is_said_in_a_sentence() -> None:
+    with pytest.raises(UserError, match="needs data.path, or data.task out of LaMP_1"):
+        plan(config("data=lamp"))
+    with pytest.raises(UserError, match="give model.architecture the fields of its config.json"):
+        plan(config("model.path=nobody/nothing", *SMALL_TOWN))
+    with pytest.raises(UserError, match="model.architecture does not describe a model"):
+        plan(config("model.path=nobody/nothing", "+model.architecture.model_type=lama", *SMALL_TOWN))
