@@ -37,14 +37,18 @@ from persona.training.trainer import Stopped
 
 
 @contextmanager
-def sentences() -> Iterator[None]:
-    """A UserError becomes one line on stderr and exit status 2; a stopped training says how to go on (143)."""
+def sentences(everywhere: bool = True) -> Iterator[None]:
+    """A UserError becomes one line on stderr and exit status 2; a stopped training says how to go on (143).
+
+    Not `everywhere`: all processes meet the same error, and one of them says it.
+    """
     rank = os.environ.get("RANK", "0")
     who = "" if rank == "0" else f"[process {rank}] "
     try:
         yield
     except UserError as error:
-        print(f"{who}error: {error}", file=sys.stderr, flush=True)
+        if everywhere or rank == "0":
+            print(f"{who}error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except Stopped as stopped:
         print(f"{who}{stopped.message}", file=sys.stderr, flush=True)
@@ -56,7 +60,7 @@ def entry(function: Callable[[Any], Any], config_name: str) -> None:
 
     In a multirun every job gets a folder of its own below `output`, named after its overrides.
     """
-    with sentences():
+    with sentences(everywhere=False):
         check_overrides(sys.argv[1:], config_name)
 
     @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)
