@@ -15,6 +15,7 @@ from persona.errors import UserError
 
 def evaluate(cfg: EvaluateConfig) -> Path:
     """Run a benchmark under one or several stacks; returns the folder of results. Raises UserError on bad input."""
+    import torch
     from accelerate import PartialState
 
     import persona
@@ -23,7 +24,9 @@ def evaluate(cfg: EvaluateConfig) -> Path:
     from persona.evaluation.episodes import run_benchmark
     from persona.evaluation.table import print_table
 
-    processes = PartialState()  # before the LM is loaded: it chooses this process's GPU
+    # Before the LM is loaded, as it chooses this process's GPU. Without one, every process that torchrun starts would
+    # take itself for the only one unless told that the CPU is meant.
+    processes = PartialState(cpu=not torch.cuda.is_available())
     base = lm.load(cfg.model)
     people = data.load(cfg.data)
     benchmark = benchmarks.build(cfg.benchmark, people)

@@ -22,12 +22,14 @@ def train(cfg: TrainConfig) -> Path | None:
 
         plan(cfg).print()
         return None
+    import torch
     from accelerate import PartialState
 
     import persona
     from persona import data, lm
 
-    PartialState(cpu=cfg.trainer.cpu)
+    # Without `cpu` and without a GPU every process that torchrun starts would take itself for the only one.
+    PartialState(cpu=cfg.trainer.cpu or not torch.cuda.is_available())
     out = Path(cfg.output)
     save_run_files(out, cfg)
     people = data.load(cfg.data)
