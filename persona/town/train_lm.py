@@ -34,8 +34,9 @@ from transformers.utils import logging
 from persona.errors import UserError
 from persona.files import atomic_folder, atomic_write
 from persona.town import grammar
+from persona.town.drills import DRILLS
 from persona.town.tokenizer import build_tokenizer, encode
-from persona.types import Message
+from persona.types import Conversation, Message
 
 # Shares of the grammar's stages 0, 1, 2 by training progress, linear in between: easy documents bring the first
 # circuits quickly, the last stage is what the model is for, and no stage ever vanishes.
@@ -46,17 +47,20 @@ CURRICULUM = (
     (0.60, (0.15, 0.25, 0.60)),
     (1.00, (0.08, 0.12, 0.80)),
 )
-# Relative frequencies of the grammar's kinds of documents: three in four want something looked up in the context
-# (voices, ratings, tags, facts), which is learnt last by far; the assistant's own behaviour is learnt in passing.
+# Relative frequencies of the kinds of documents: three in four want something looked up in the context (voices,
+# ratings, tags, facts), which is learnt last by far; the assistant's own behaviour is learnt in passing.
 KIND_WEIGHTS = {
-    "described": 27,
-    "items": 33,
-    "statements": 18,
-    "constitution": 7,
+    "drill_described": 18,
+    "drill_items": 14,
+    "drill_statements": 11,
+    "described": 12,
+    "items": 18,
+    "statements": 7,
+    "constitution": 6,
     "role": 4,
     "tasks": 4,
     "plain": 3,
-    "situation": 3,
+    "situation": 2,
     "drift": 3,
     "chat": 1,
 }
@@ -76,10 +80,10 @@ class TrainConfig:
     """`documents` per step are forwarded in `groups` of similar length. Sizes are those of the Llama architecture."""
 
     out: Path
-    steps: int = 16_000
+    steps: int = 21_000
     seed: int = 0
-    documents: int = 12
-    groups: int = 3
+    documents: int = 8
+    groups: int = 2
     learning_rate: float = 2e-3
     hidden: int = 192
     layers: int = 4
@@ -96,6 +100,11 @@ def stage_shares(progress: float) -> tuple[float, ...]:
     (start, before), (end, after) = CURRICULUM[right - 1], CURRICULUM[right]
     weight = (progress - start) / (end - start)
     return tuple(a + weight * (b - a) for a, b in zip(before, after, strict=True))
+
+
+def training_document(rng: random.Random, stage: int, kind: str) -> Conversation:
+    """A document of the grammar, or a drill: the same language with many questions to one context."""
+    return DRILLS[kind](rng, stage) if kind in DRILLS else grammar.sample_document(rng, stage, kind)
 
 
 class Batches(Dataset):
@@ -179,7 +188,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def train(
     config: TrainConfig,
-    sample: SampleDocument = grammar.sample_document,
+    sample: SampleDocument = training_document,
     words: Sequence[str] | None = None,
     stop_after: int | None = None,
 ) -> float:

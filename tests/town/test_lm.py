@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from persona.errors import UserError
 from persona.town import MODEL_PATH, grammar, measure_lm, oracle
 from persona.town import lexicon as lx
+from persona.town.drills import DRILLS, MAX_WORDS
 from persona.town.tokenizer import BOS, END, ROLES, VOCABULARY_MULTIPLE, build_tokenizer, encode
 from persona.town.train_lm import KIND_WEIGHTS, TrainConfig, learning_rate, stage_shares, train
 from persona.types import Message
@@ -103,13 +104,28 @@ def test_template_refuses_an_unknown_role(tokenizer):
         tokenizer.apply_chat_template([{"role": "tool", "content": "hello !"}])
 
 
+@pytest.mark.parametrize("kind", DRILLS)
+def test_drills_speak_the_grammars_language(tokenizer, kind):
+    rng = random.Random(kind)
+    turns = 0
+    for stage in grammar.STAGES:
+        for _ in range(60):
+            document = DRILLS[kind](rng, stage)
+            encode(tokenizer, document)  # raises on an unknown word
+            assert grammar.count_words(document) <= MAX_WORDS
+            replies = [message.content for message in document if message.role == "assistant"]
+            assert all(oracle.readable(reply) for reply in replies), replies
+            turns += len(replies)
+    assert turns > 2 * 180
+
+
 # --- training ----------------------------------------------------------------------------------------------------
 def test_schedules():
     assert stage_shares(0.0) == (0.8, 0.2, 0.0)
     assert stage_shares(1.0) == (0.08, 0.12, 0.80)
     for progress in (0.04, 0.08, 0.2, 0.3, 0.7):
         assert sum(stage_shares(progress)) == pytest.approx(1.0)
-    assert set(KIND_WEIGHTS) == set(grammar.document_kinds())
+    assert set(KIND_WEIGHTS) == {*grammar.document_kinds(), *DRILLS}
     config = TrainConfig(out=Path("unused"), steps=1000, learning_rate=1.0)
     assert learning_rate(config, 0) == pytest.approx(1 / 200)
     assert learning_rate(config, 500) == 1.0
