@@ -38,8 +38,8 @@ def damage(folder: Path) -> str | None:
     if not path.is_file():
         return f"{folder} has no {MANIFEST}"
     try:
-        files = json.loads(path.read_text())["files"]
-    except (ValueError, KeyError) as error:
+        files = dict(json.loads(path.read_text())["files"])
+    except (ValueError, KeyError, TypeError) as error:
         return f"{path} cannot be read ({error})"
     for name, expected in files.items():
         if not (folder / name).is_file():
@@ -156,9 +156,10 @@ class WholeCheckpoints(_Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         model = self.accelerator.unwrap_model(model or self.model)
         saved = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-        expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        if set(saved) != expected:
-            odd = sorted(set(saved) ^ expected)[:3]
+        expected = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+        shapes = {name: tensor.shape for name, tensor in saved.items()}
+        if shapes != expected:
+            odd = [name for name in sorted({*shapes, *expected}) if shapes.get(name) != expected.get(name)][:3]
             raise UserError(
                 f"{resume_from_checkpoint} was made by another model or configuration: it differs in {', '.join(odd)}"
             )

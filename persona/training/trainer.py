@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -24,7 +25,7 @@ from torch.utils.data import Dataset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from persona.errors import UserError
-from persona.training.checkpoints import WholeCheckpoints, newest
+from persona.training.checkpoints import WholeCheckpoints, newest, steps
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ class _Metrics(TrainerCallback):
             kept = []
             if self.path.is_file():
                 rows = (json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}"))
-                kept = [row for row in rows if row["step"] <= state.global_step and state.global_step > 0]
+                # The summary that closed an interrupted run goes too: the run is not over.
+                kept = [row for row in rows if 0 < row["step"] <= state.global_step and "train_runtime" not in row]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.started = (time.perf_counter(), state.global_step)
 
@@ -240,6 +242,11 @@ def fit(
     last = newest(folder) if config.resume else None
     if last is not None:
         logger.warning("going on from %s", last)
+    elif trainer.is_world_process_zero():
+        # Those of an earlier run would count as newer than this one's, at the next resume and when the oldest go.
+        for old in steps(folder) if not config.resume else []:
+            logger.warning("trainer.resume=false: %s of an earlier run is removed", old)
+            shutil.rmtree(old)
     with signals.listening():
         trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
     if signals.asked and trainer.state.global_step < trainer.state.max_steps:

@@ -1,8 +1,7 @@
-"""Tiny people, settings and a training script: what the tests of Persona-Plug and of the training loop share."""
+"""Tiny people and settings: what the tests of Persona-Plug and of the training loop share."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from persona.data.base import People
@@ -47,34 +46,3 @@ def config(encoder: Path | str, folder: Path, **changes) -> PersonaPlugConfig:
 def trainer(**changes) -> TrainerConfig:
     settings = {"learning_rate": 1e-3, "batch_size": 6, "log_every": 1, "eval_every": 100, "save_every": 100}
     return TrainerConfig(**{**settings, "wandb": "disabled", "cpu": True, **changes})
-
-
-def main() -> None:
-    """One training run in a process of its own, for the tests that stop it or start two."""
-    import torch
-
-    from persona import lm
-    from persona.methods import persona_plug
-    from persona.personalizer import LanguageModel
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("encoder")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--save-every", type=int, required=True)
-    parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--frozen-encoder", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    settings = config(arguments.encoder, arguments.out.parent, train_query_encoder=not arguments.frozen_encoder)
-    options = trainer(max_steps=arguments.steps, save_every=arguments.save_every, batch_size=arguments.batch)
-    base = lm.load(lm.ModelConfig(path=arguments.model, device="cpu"))
-    persona_plug.train(settings, LanguageModel(base), toy_people(), options, arguments.out)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
