@@ -43,13 +43,6 @@ ARCHITECTURES = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
