@@ -66,8 +66,8 @@ def data_size(cfg: TrainConfig) -> DataSize:
     if isinstance(method, PersonaPlugConfig):
         lengths = np.minimum(lengths, method.history_limit)
         count = int(np.where(lengths > 2, method.augment_copies + 1, 1).sum())
-    users = len({sample.persona.id for sample in people.train if sample.persona})
-    return _measured(cfg, texts, count, lengths, users)
+    people_count = len({sample.persona.id for sample in people.train if sample.persona})
+    return _measured(cfg, texts, count, lengths, people_count)
 
 
 def _spread(samples: Any) -> list[Any]:
