@@ -104,6 +104,7 @@ def test_loading_opens_no_connection(model_folder, encoder_folder, tmp_path, mon
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     lm.load(ModelConfig(path=str(model_folder("llama")), device="cpu"))
     lm.load(ModelConfig(path=str(model_folder("t5")), device="cpu"))
+    lm.load(ModelConfig(device="cpu"))  # the shipped town LM
     Encoder(EncoderConfig(name=str(encoder_folder), pooling="mean"), device="cpu")
     Encoder(EncoderConfig(), device="cpu")
     assert not asked
