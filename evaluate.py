@@ -35,7 +35,7 @@ def evaluate(cfg: EvaluateConfig) -> Path:
     own = " + ".join(personalizer.method for personalizer in measured.personalizers) or "untouched"
     if own in cfg.baselines:
         own = cfg.name
-    # Differences are taken against the first stack: the first baseline, where there is one.
+    # Differences are taken against the stack that is measured: a baseline marked ▼ is one it beats.
     stacks: dict[str, list[Any]] = dict(cfg.baselines)
     if measured.personalizers or [] not in stacks.values():
         if own in stacks:
@@ -67,9 +67,9 @@ def evaluate(cfg: EvaluateConfig) -> Path:
                 benchmark.write_artifacts(results.read_rows(folder / name / "samples.jsonl"), folder / name)
             plots.write(model, benchmark.samples(), folder / name)
     if processes.is_main_process:
-        folders, first = [folder / name for name in stacks], next(iter(stacks))
-        print_table(folders, baseline=first)
-        report.write_report(folders, folder / "report.html", baseline=first)
+        folders = [folder / name for name in stacks]
+        print_table(folders, baseline=own)
+        report.write_report(folders, folder / "report.html", baseline=own)
     return folder
 
 

@@ -190,6 +190,7 @@ def fit(
     os.environ.setdefault("WANDB_MODE", config.wandb)
     os.environ.setdefault("WANDB_DIR", str(out))
     os.environ.setdefault("WANDB_PROJECT", "persona")
+    os.environ.setdefault("WANDB_SILENT", "true")
     module.accepts_loss_kwargs = True  # the Trainer then counts labels over all processes and accumulated batches
     evaluates = dev is not None and len(dev) > 0  # type: ignore[arg-type]
     arguments = TrainingArguments(
