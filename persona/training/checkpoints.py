@@ -185,18 +185,19 @@ class WholeCheckpoints(_Trainer):
     def _save_rng_state(self, output_dir) -> None:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        name, keys, position, has_gauss, gauss = np.random.get_state()
+        drawn = np.random.get_state(legacy=False)
         version, words, cached = random.getstate()
         tensors = {
             "torch": torch.get_rng_state(),
-            "numpy": torch.from_numpy(keys.astype(np.int64)),
+            "numpy": torch.from_numpy(drawn["state"]["key"].astype(np.int64)),
             "python": torch.tensor(words),
         }
         if torch.cuda.is_available():
             tensors["cuda"] = torch.cuda.get_rng_state()
         rank = self.args.process_index
         save_file(tensors, folder / f"rng-{rank}.safetensors")
-        plain = {"numpy": [name, position, has_gauss, gauss], "python": [version, cached]}
+        numpy = [drawn["bit_generator"], drawn["state"]["pos"], drawn["has_gauss"], drawn["gauss"]]
+        plain = {"numpy": numpy, "python": [version, cached]}
         (folder / f"rng-{rank}.json").write_text(json.dumps(plain))
 
     def _load_rng_state(self, checkpoint) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections import OrderedDict
 
 import pytest
@@ -225,7 +226,7 @@ def test_other_tuners_and_broken_folders_are_refused(saved, tmp_path):
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match="is not a LoRA adapter in PEFT's format"):
         adapters.load_adapter(folder)
-    (folder / "adapter_model.safetensors").write_bytes((saved["llama"][0][0] / "adapter_model.safetensors").read_bytes())
+    shutil.copy(saved["llama"][0][0] / "adapter_model.safetensors", folder)
     config = json.loads((saved["llama"][0][0] / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
     with pytest.raises(UserError, match="IA3"):

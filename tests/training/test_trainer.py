@@ -135,7 +135,7 @@ def started(out: Path) -> int:
         os._exit(status)
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 300) -> None:
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "what was waited for did not come"
