@@ -1,6 +1,6 @@
 """The nouns of the codebase: one frozen dataclass each, no behaviour beyond what they hold.
 
-Everything else imports from here and this file imports nothing of ours (docs/design: imports run one way).
+Everything else imports from here and this file imports nothing of ours (docs/design.md).
 """
 
 from __future__ import annotations
