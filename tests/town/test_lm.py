@@ -209,7 +209,7 @@ def test_every_probe_accepts_what_the_grammar_would_say():
         ("plain tasks", 0.7),
         ("fact from 4 statements", 0.7),
         ("voice named in the system prompt", 0.85),
-        ("rating from the full description", 0.6),
+        ("voice from 16 past items", 0.85),
     ],
 )
 def test_shipped_model_follows_its_context(shipped, name, least):
