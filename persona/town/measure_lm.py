@@ -120,7 +120,7 @@ def _assistant_probes(rng: random.Random, n: int) -> list[Probe]:
     ]
 
     def shows(wanted: Sequence[str]) -> Callable[[str], bool]:
-        return lambda text: bool(found := oracle.character_traits(text)) and found <= set(wanted)
+        return lambda text: bool(found := oracle.character_traits(text) or frozenset()) and found <= set(wanted)
 
     def pulled() -> Conversation:
         document: Conversation = ()
@@ -184,7 +184,7 @@ def _role_mentioned(document: Conversation) -> str:
 
 
 def _speaks_plainly(text: str) -> bool:
-    found = oracle.markers(text)
+    found = oracle.markers(text) or {}
     return bool(found) and {owner for owner, _ in found} == {"plain"}
 
 
@@ -250,7 +250,7 @@ def _resident_probes(rng: random.Random, n: int) -> list[Probe]:
 
     def words_right(resident: Resident) -> Callable[[str], bool]:
         own = resident.latents.words
-        return lambda text: bool(used := oracle.word_choices(text)) and all(own[b] == w for b, w in used.items())
+        return lambda text: bool(used := oracle.word_choices(text) or {}) and all(own[b] == w for b, w in used.items())
 
     probes = [
         Probe("voice named in the system prompt", "that voice alone",
@@ -271,7 +271,7 @@ def _resident_probes(rng: random.Random, n: int) -> list[Probe]:
         pairs = asked[f"town_{task}"]
         targets = [s.target for _, s in pairs]
         often = max(targets.count(target) for target in set(targets)) / len(targets)
-        wanted = [_is(lambda text, read=read: str(read(text)), s.target) for _, s in pairs]
+        wanted = [_is(lambda text, read=read: str(read(text)), s.target) for _, s in pairs]  # type: ignore[misc]
         probes.append(
             Probe(f"{task} from the full description", f"exact; the most frequent {task} {often:.2f}",
                   [Question(_prompt(say.description(who.latents), question_of(s)), right)

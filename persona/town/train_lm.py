@@ -206,7 +206,8 @@ def train(
     tokenizer = build_tokenizer(words, previous)
     model = build_model(config, tokenizer)
     optimizers = _optimizers(model, config)
-    first, history = 0, []
+    first = 0
+    history: list = []
     if previous is not None:
         first, history = _load_checkpoint(checkpoint, config, model, optimizers)
         console.print(f"going on from step {first} of {checkpoint}")
