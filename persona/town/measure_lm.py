@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,7 +185,7 @@ def _role_mentioned(document: Conversation) -> str:
 
 
 def _speaks_plainly(text: str) -> bool:
-    found = oracle.markers(text) or {}
+    found = oracle.markers(text) or Counter()
     return bool(found) and {owner for owner, _ in found} == {"plain"}
 
 
