@@ -41,6 +41,8 @@ def evaluate(cfg: EvaluateConfig) -> Path:
         if own in stacks:
             raise UserError(f"the baselines already have a stack called {own!r}: give this one another name=…")
         stacks[own] = list(measured.personalizers)
+    else:  # nothing was named, and a baseline is the untouched LM already
+        own = next(name for name, stack in stacks.items() if stack == [])
     if odd := [name for name in stacks if Path(name).name != name]:
         raise UserError(f"{odd[0]!r} cannot name a folder of results: it should hold no slash")
     save_run_files(folder, cfg)

@@ -1,6 +1,7 @@
 """train.py and evaluate.py: every method and experiment starts, runs resume, and what goes wrong is one sentence."""
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -229,8 +230,11 @@ def as_nobody():
 def test_no_permission_to_write(places):
     with tempfile.TemporaryDirectory() as closed:
         os.chmod(closed, 0o555)
+        # Composed and imported before: the checkout itself may be closed to others.
+        cfg = train_config(places, "town", "finetune_lora", Path(closed) / "run")
+        importlib.import_module("persona.lm"), importlib.import_module("persona.data")
         with as_nobody(), pytest.raises(UserError, match="config.yaml could not be written: Permission denied"):
-            train(train_config(places, "town", "finetune_lora", Path(closed) / "run"))
+            train(cfg)
         os.chmod(closed, 0o755)
 
 
