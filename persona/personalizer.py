@@ -37,6 +37,7 @@ class Personalizer:
 
     method: ClassVar[str]
     fingerprint: str = ""  # of the directory it was loaded from: what evaluation keeps results apart by
+    trained_on_top_of: tuple[str, ...] | None = None  # methods below it in training; None for one not trained
 
     def prompt(self, requests: Sequence[Request]) -> list[Request]:
         """First door: the requests with other messages. Nothing but `messages` may change."""
@@ -202,7 +203,8 @@ def read_manifest(folder: Path | str, base: BaseLM | None = None) -> dict[str, A
             raise UserError(
                 f"{folder} has format version {version}, this code reads version {FORMAT_VERSION}: train it again"
             )
-        files, method, _ = dict(manifest["files"]), manifest["method"], dict(manifest["config"])
+        files, method = dict(manifest["files"]), manifest["method"]
+        _ = dict(manifest["config"]), list(manifest["trained_on_top_of"])
         made_for, made_for_fingerprint = manifest["base"]["name"], manifest["base"]["fingerprint"]
     except UserError:
         raise

@@ -25,7 +25,6 @@ class BenchmarkConfig:
     num_beams: int = 1
     candidates: int = 0
     seed: int = 0
-    compat: str | None = None
 
 
 def build(config: BenchmarkConfig, people: People) -> Any:

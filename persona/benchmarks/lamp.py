@@ -217,10 +217,6 @@ class LaMP(Benchmark):
     version = "1"
 
     def __init__(self, people: People, config: BenchmarkConfig):
-        if config.compat is not None:
-            raise UserError(
-                "benchmark.compat is a matter of persona.benchmarks.lamp.score; episodes use the plain rules"
-            )
         self.config, self.tasks = config, people.tasks
         self._samples = list(people.split(config.split))[: config.limit]
         bare = [sample.id for sample in self._samples if not sample.target]

@@ -69,7 +69,7 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     TrainerConfig: {"precision": ("fp32", "bf16"), "wandb": ("offline", "online", "disabled")},
     FinetuneConfig: {"mode": ("lora", "full", "user_lora"), "split": ("train", "dev", "test")},
     PersonaPlugConfig: {"prefix_scale": ("measured", "none"), "compat": (None, "reference")},
-    BenchmarkConfig: {"split": ("train", "dev", "test"), "compat": (None, "lamp_reference", "pplug_reference")},
+    BenchmarkConfig: {"split": ("train", "dev", "test")},
 }
 POSITIVE: dict[type, tuple[str, ...]] = {
     ModelConfig: ("batch_size",),

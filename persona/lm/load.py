@@ -187,7 +187,8 @@ def load(config: ModelConfig) -> BaseLM:
     path = resolve(config.path)
     if path.startswith("~"):
         path = str(Path(path).expanduser())
-    looks_local = path.startswith((".", "/")) or path in SHIPPED or path.count("/") != 1
+    # owner/name reads like a path too: where a folder called owner is here, a mistyped path is meant, and no download.
+    looks_local = path.startswith((".", "/")) or path.count("/") != 1 or Path(path).parent.is_dir()
     if looks_local and not Path(path).is_dir():
         raise UserError(
             f"model.path={config.path!r} is neither a shipped model, a directory, nor a hub id (owner/name)"

@@ -46,4 +46,5 @@ def load_personalizer(what: Personalizer | Path | str | dict[str, Any], base: Ba
     manifest = read_manifest(what, base)
     personalizer = personalizer_class(manifest["method"]).load(Path(what), manifest["config"], base)
     personalizer.fingerprint = sha256(Path(what) / "personalizer.json")
+    personalizer.trained_on_top_of = tuple(manifest["trained_on_top_of"])
     return personalizer

@@ -5,7 +5,7 @@
 Faithful to the paper and its repository where they agree: frozen history encoder, trained query encoder, projection
 before averaging, softmax over dot products, a learned instruction vector, order [I; P_u; x], token cross entropy on
 the reply. What differs by default, and why, is in docs/errata.md; `compat: reference` brings back the published
-constants (prefix scale 539.97, divisor 7) and the LM's dropout during training.
+prefix scale (539.97), texts of items and queries, and the LM's dropout during training.
 
 Read on: config, data, model, loss, training, and the personalizer that is left behind.
 """

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -110,10 +111,7 @@ class WholeCheckpoints(_Trainer):
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 self._publish(staging / f"checkpoint-{self.state.global_step}", final)
-        except Exception as error:
-            # safetensors reports a full disk as an error class of its own.
-            if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-                raise
+        except (OSError, SafetensorError) as error:
             raise UserError(
                 f"the checkpoint of step {self.state.global_step} could not be saved ({error}); "
                 "the ones before it are unchanged"

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +158,6 @@ class MethodTrainer(WholeCheckpoints, Trainer):
         return loss
 
 
-@dataclass
-class Fitted:
-    """What a run leaves: the step it ended in, and every logged row."""
-
-    steps: int
-    log: list[dict[str, Any]] = field(default_factory=list)
-
-
 def fit(
     module: nn.Module,
     train: Dataset,
@@ -174,7 +166,7 @@ def fit(
     config: TrainerConfig,
     out: Path,
     groups: list[dict[str, Any]] | None = None,
-) -> Fitted:
+) -> None:
     """Train `module`'s trainable parameters; resumes from the newest whole checkpoint in `out/checkpoints`.
 
     `groups` are optimizer parameter groups where a method wants more than one learning rate. Raises Stopped after a
@@ -252,4 +244,3 @@ def fit(
         trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
     if signals.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(trainer.state.global_step, folder)
-    return Fitted(trainer.state.global_step, list(trainer.state.log_history))

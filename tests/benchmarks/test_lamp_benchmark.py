@@ -142,8 +142,6 @@ def test_a_real_lm_is_scored_by_what_it_says(llama, read, tmp_path):
 
 
 def test_what_cannot_be_measured_is_one_sentence(read):
-    with pytest.raises(UserError, match="compat is a matter of persona.benchmarks.lamp.score"):
-        lamp(PEOPLE, compat="lamp_reference")
     with pytest.raises(UserError, match="1 samples of the dev split have no gold, the first is c9"):
         lamp(People("chat", PEOPLE.tasks, [], [*TALK, sample(9, "eve", "")]))
     with pytest.raises(UserError, match="candidates=8, but other users gave only 4 different replies"):

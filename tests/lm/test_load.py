@@ -36,6 +36,14 @@ def test_a_path_that_does_not_exist(path):
     assert path in str(caught.value)
 
 
+def test_a_mistyped_folder_is_no_hub_id(tmp_path, monkeypatch):
+    """ "outputs/base" has the shape of a hub id; with a folder outputs here, nothing may be asked of a hub."""
+    (tmp_path / "outputs" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="model.path='outputs/bse' is neither a shipped model, a directory"):
+        lm.load(ModelConfig(path="outputs/bse"))
+
+
 def test_a_hub_id_that_cannot_be_reached():
     with pytest.raises(UserError, match="no base LM could be loaded from model.path='nobody/nothing'"):
         lm.load(ModelConfig(path="nobody/nothing"))

@@ -278,7 +278,7 @@ class Witness(Personalizer):
         return list(requests)
 
 
-def test_a_retrieval_personalizer_below_puts_the_profile_into_the_prompts(llama, tmp_path):
+def test_a_retrieval_personalizer_below_puts_the_profile_into_the_prompts(llama, tmp_path, caplog):
     witness = Witness()
     under = persona.load(llama, [{"retrieval": {"ranker": "recency", "k": 1}}, witness])
     folder = tune("lora", under, tmp_path, steps={"max_steps": 2})
@@ -288,6 +288,10 @@ def test_a_retrieval_personalizer_below_puts_the_profile_into_the_prompts(llama,
         assert asked.persona.history[-1].text in text and len(text) > len(asked.messages[-1].content)
     manifest = json.loads((folder / "personalizer.json").read_text())
     assert manifest["trained_on_top_of"] == ["retrieval", "witness"]
+    persona.load(llama, [*under.personalizers, folder])
+    assert "trained on top of" not in caplog.text
+    persona.load(llama, [folder])  # without what it was trained on top of it is another model, and that is said
+    assert "lora was trained on top of retrieval + witness and stands on top of the bare LM here" in caplog.text
 
 
 @pytest.mark.parametrize("mode", ("lora", "full", "user_lora"))
