@@ -80,7 +80,7 @@ class TrainConfig:
     """`documents` per step are forwarded in `groups` of similar length. Sizes are those of the Llama architecture."""
 
     out: Path
-    steps: int = 17_000
+    steps: int = 12_000
     seed: int = 0
     documents: int = 8
     groups: int = 2
