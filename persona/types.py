@@ -101,12 +101,32 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one judge said on one question. `value` is None where its reply could not be read, and `reason` says why.
+
+    `prompt` is the hash of the rubric's file, so that verdicts under different wordings are never mixed up.
+    """
+
+    judge: str
+    rubric: str
+    prompt: str
+    value: float | str | None
+    reason: str = ""
+    raw: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
-    """The values one episode earned, or *unscored* (`values` empty) with the reason. Unscored is not zero."""
+    """The values one episode earned, or *unscored* (`values` empty) with the reason. Unscored is not zero.
+
+    `raw` is the reply that was scored; `transcript` the whole conversation where it has more turns than the sample.
+    """
 
     values: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
     raw: str = ""
+    verdicts: tuple[Verdict, ...] = ()
+    transcript: Conversation = ()
 
     @property
     def scored(self) -> bool:

@@ -21,9 +21,9 @@ from persona.data.base import People, Task
 from persona.data.lamp import read_outputs
 from persona.data.rows import first_few
 from persona.errors import UserError
-from persona.evaluation.batching import AsyncModel
 from persona.evaluation.episodes import Benchmark
 from persona.evaluation.results import Row
+from persona.evaluation.roles import Roles
 from persona.evaluation.statistics import Metric
 from persona.files import atomic_write
 from persona.types import Request, Sample, Sampling, Score
@@ -246,11 +246,11 @@ class LaMP(Benchmark):
             raise UserError(f"benchmark.candidates={wanted}, but other users gave only {len(pool)} different replies")
         return tuple(random.Random(f"{self.config.seed}-{sample.id}").sample(pool, wanted))
 
-    async def episode(self, sample: Sample, model: AsyncModel) -> Score:
+    async def episode(self, sample: Sample, roles: Roles) -> Score:
         task = self.tasks[sample.task]
         sampling = Sampling(self.config.max_new_tokens, num_beams=self.config.num_beams)
         request = Request(sample.messages, sample.persona, sampling, None, sample.task)
-        reply = (await model.respond(request)).text
+        reply = (await roles.model.respond(request)).text
         values = sample_values(task, sample.id, reply, sample.target)
         if task.kind == "classification":
             true, guess = metrics.label_indices([sample.target.strip(), reply.strip()], task.labels)
@@ -258,12 +258,14 @@ class LaMP(Benchmark):
         elif task.kind == "rating":
             truth = float(sample.target)
             values = {"mae": values["absolute_error"], "true_rating": truth, "rating": rating(task, reply, truth)}
-        else:
-            logp, tokens = await model.loglikelihood(request, sample.target)
+        elif roles.model.likelihoods:
+            logp, tokens = await roles.model.loglikelihood(request, sample.target)
             values |= {"logp": logp, "tokens": float(tokens)}
             if self.config.candidates:
                 options = (sample.target, *self.others(sample))
-                logps = await model.choose(Request(sample.messages, sample.persona, sampling, options, sample.task))
+                logps = await roles.model.choose(
+                    Request(sample.messages, sample.persona, sampling, options, sample.task)
+                )
                 per_byte = [p / len(option.encode()) for p, option in zip(logps, options, strict=True)]
                 values["choice"] = float(all(per_byte[0] > other for other in per_byte[1:]))  # a tie is not found
         return Score(values, raw=reply)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from persona.data.base import People
-from persona.evaluation.batching import AsyncModel
 from persona.evaluation.episodes import Benchmark
+from persona.evaluation.roles import Roles
 from persona.evaluation.statistics import Metric
 from persona.town import oracle
 from persona.types import Request, Sample, Sampling, Score
@@ -37,15 +37,15 @@ class Town(Benchmark):
     def samples(self) -> Sequence[Sample]:
         return self._samples
 
-    async def episode(self, sample: Sample, model: AsyncModel) -> Score:
+    async def episode(self, sample: Sample, roles: Roles) -> Score:
         sampling = Sampling(max_new_tokens=self.max_new_tokens)
         request = Request(sample.messages, sample.persona, sampling, sample.options, sample.task)
         if sample.options is None:
-            reply = await model.respond(request)
+            reply = await roles.model.respond(request)
             shown = oracle.voice(reply.text)
             values = {"voice": float(shown == sample.metadata["voice"]), "readable": float(shown is not None)}
             return Score(values, raw=reply.text)
-        logps = await model.choose(request)
+        logps = await roles.model.choose(request)
         answer = sample.options[max(range(len(logps)), key=logps.__getitem__)]
         if sample.task == "town_rating":
             distance = abs(int(answer) - int(sample.target))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -32,10 +33,18 @@ class _Pending:
 
 
 class AsyncModel:
-    """A batching front over a synchronous language model; made by the runner and handed to each episode."""
+    """A batching front over a synchronous language model; made by the runner and handed to each episode.
 
-    def __init__(self, model: LanguageModel, batch_size: int) -> None:
-        self._model, self._batch_size = model, batch_size
+    Batches are computed in `executor`, so that requests to endpoints go on meanwhile. It has to run one at a time:
+    models may share a base whose modules are edited for the length of a batch.
+    """
+
+    likelihoods = True
+
+    def __init__(
+        self, model: LanguageModel, batch_size: int, executor: Executor | None = None, name: str = "model"
+    ) -> None:
+        self._model, self._batch_size, self._executor, self.name = model, batch_size, executor, name
         self._pending: dict[tuple[str, Sampling | None], list[_Pending]] = {}
         self._arrived = asyncio.Event()
         self._count = 0
@@ -78,7 +87,12 @@ class AsyncModel:
                     self._pending[key] = entries[whole:]
                 for start in range(0, whole, self._batch_size):
                     before_batch()
-                    self._answer(key[0], entries[start : min(start + self._batch_size, whole)])
+                    batch = entries[start : min(start + self._batch_size, whole)]
+                    loop = asyncio.get_running_loop()
+                    answers = await loop.run_in_executor(self._executor, self._answers, key[0], batch)
+                    for entry, answer in zip(batch, answers, strict=True):
+                        if not entry.future.done():
+                            entry.future.set_result(answer)
                     await self._settle()
             if not self._pending:
                 self._arrived.clear()
@@ -90,7 +104,7 @@ class AsyncModel:
             quiet = quiet + 1 if self._count == seen else 0
             seen = self._count
 
-    def _answer(self, kind: str, batch: list[_Pending]) -> None:
+    def _answers(self, kind: str, batch: list[_Pending]) -> Sequence[Any]:
         requests = [entry.request for entry in batch]
         answers: Sequence[Any]
         if kind == "respond":
@@ -101,6 +115,4 @@ class AsyncModel:
             answers = self._model.loglikelihood(requests, [entry.target for entry in batch])
         if len(answers) != len(batch):
             raise RuntimeError(f"The model gave {len(answers)} answers to {len(batch)} requests in {kind}.")
-        for entry, answer in zip(batch, answers, strict=True):
-            if not entry.future.done():
-                entry.future.set_result(answer)
+        return answers

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import json
 import math
 import platform
+import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +29,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from persona.errors import UserError
 from persona.evaluation import results
 from persona.evaluation.batching import AsyncModel, LanguageModel
+from persona.evaluation.judging import Judge, ModelJudge
+from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import Row, RowWriter, Summary
+from persona.evaluation.roles import Parrot, Roles, Speaker
 from persona.evaluation.statistics import Metric, check_metric
 from persona.files import atomic_write
 from persona.types import Sample, Score
@@ -33,24 +41,46 @@ _OPEN_BATCHES = 8  # batches' worth of open episodes: enough to sort by length, 
 _REPORT_SECONDS = 30.0
 
 
-class Benchmark(Protocol):
-    """A list of samples and one coroutine. Subclass it to inherit `cluster`."""
+class Benchmark:
+    """A list of samples and one coroutine. Subclass it to inherit the rest.
+
+    `needs` names roles beside the model ("judge", "reference", "user_simulator"). `prompts` are the files its results
+    depend on. `primary` is the metric that stands for the benchmark in an overview.
+    """
 
     name: str
     version: str
     metrics: Mapping[str, Metric]
+    primary: str = ""
+    needs: Sequence[str] = ()
+    prompts: Sequence[Prompt] = ()
 
     def samples(self) -> Sequence[Sample]:
         """All samples, in a fixed order, with unique ids."""
-        ...
+        raise NotImplementedError
 
-    async def episode(self, sample: Sample, model: AsyncModel) -> Score:
+    async def episode(self, sample: Sample, roles: Roles) -> Score:
         """Run one sample. A reply that cannot be read is `Score(reason=..., raw=...)` or raises `Unscored`."""
-        ...
+        raise NotImplementedError
 
     def cluster(self, sample: Sample) -> str:
         """What makes samples dependent: by default the persona they share, else each sample is its own."""
         return sample.id if sample.persona is None else sample.persona.id
+
+    def groups(self, sample: Sample) -> Mapping[str, str]:
+        """Breakdowns the sample belongs to, as {"tier": "hard"}: each becomes a table in the report."""
+        return {}
+
+    def constant(self, sample: Sample) -> str:
+        """The one answer that a model which reads nothing would give: the commonest truth, or commonest place."""
+        if sample.options:
+            places = Counter(s.options.index(s.target) for s in self.samples() if s.options and s.target in s.options)
+            return sample.options[min(places.most_common(1)[0][0] if places else 0, len(sample.options) - 1)]
+        return Counter(s.target for s in self.samples()).most_common(1)[0][0]
+
+    def chance(self, sample: Sample, rng: random.Random) -> str:
+        """A random answer: one of the options, or another sample's truth."""
+        return rng.choice(sample.options or [s.target for s in self.samples()])
 
 
 class Unscored(Exception):
@@ -70,6 +100,32 @@ class Processes(Protocol):
     def wait_for_everyone(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class Trivial:
+    """In the model's place: answers without reading. "constant" or "random" (drawn by sample id)."""
+
+    kind: str
+    seed: int = 0
+
+    def speaker(self, benchmark: Benchmark, sample: Sample) -> Parrot:
+        if self.kind == "constant":
+            return Parrot(benchmark.constant(sample))
+        return Parrot(benchmark.chance(sample, random.Random(f"{self.seed}-{sample.id}")))
+
+
+Player = LanguageModel | Speaker  # a local model in batches, or an endpoint
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who plays which role in a run. A judge may also be a Judge of its own kind (a rule, the town's oracle)."""
+
+    model: Player | Trivial
+    judges: Sequence[Player | Judge] = ()
+    user_simulator: Player | None = None
+    reference: Player | None = None
+
+
 def data_fingerprint(samples: Sequence[Sample]) -> str:
     """16 hex digits over ids, messages, targets, options and personas (of histories: the length), in order."""
     digest = hashlib.sha256()
@@ -86,7 +142,7 @@ def data_fingerprint(samples: Sequence[Sample]) -> str:
 
 def run_benchmark(
     benchmark: Benchmark,
-    model: LanguageModel,
+    model: Player | Trivial | Cast,
     folder: Path | str,
     *,
     stack: str,
@@ -96,7 +152,7 @@ def run_benchmark(
     processes: Processes | None = None,
     progress: bool = True,
 ) -> Summary:
-    """Run all samples that `folder` does not hold yet, and write its summary.
+    """Run all samples that `folder` does not hold yet, and write its summary. `model` alone is a cast of one.
 
     `stack` is the display name of what is measured. `settings` (JSON values) is everything that makes numbers
     comparable and that only the caller knows: base model fingerprint, personalizers' manifests, sampling, seed; the
@@ -109,9 +165,11 @@ def run_benchmark(
     folder = Path(folder)
     samples = list(benchmark.samples())
     _check(benchmark, samples)
+    cast = model if isinstance(model, Cast) else Cast(model)
     settings = {
         "benchmark": benchmark.name,
         "benchmark_version": benchmark.version,
+        "prompts": {prompt.name: prompt.hash for prompt in benchmark.prompts},
         "data": data_fingerprint(samples),
         **json.loads(json.dumps(settings)),
     }
@@ -132,7 +190,7 @@ def run_benchmark(
     try:
         shown = progress and rank == 0 and bool(left)
         with _Bar(f"{benchmark.name} · {stack}", len(samples[rank::world]), len(left), shown) as bar:
-            _run_loop(_run_all(benchmark, model, left, batch_size, writer, bar))
+            _run_loop(_run_all(benchmark, cast, left, batch_size, writer, bar))
         writer.sync()
     finally:
         writer.close()
@@ -146,36 +204,57 @@ def run_benchmark(
 
 
 async def _run_all(
-    benchmark: Benchmark, model: LanguageModel, left: Sequence[Sample], batch_size: int, writer: RowWriter, bar: _Bar
+    benchmark: Benchmark, cast: Cast, left: Sequence[Sample], batch_size: int, writer: RowWriter, bar: _Bar
 ) -> None:
-    front = AsyncModel(model, batch_size)
     queue = iter(left)
+    fronts: dict[int, AsyncModel] = {}
 
-    async def worker() -> None:
-        for sample in queue:
-            writer.write(Row.of(sample, benchmark.cluster(sample), await _episode(benchmark, sample, front)))
-            bar.advance()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="model") as executor:
 
-    server = asyncio.create_task(front.serve(writer.sync))
-    workers = [asyncio.create_task(worker()) for _ in range(min(len(left), batch_size * _OPEN_BATCHES))]
+        def speaker(player: Any, name: str) -> Any:
+            if player is None or inspect.iscoroutinefunction(player.respond):
+                return player
+            return fronts.setdefault(id(player), AsyncModel(player, batch_size, executor, name))
+
+        def judge(player: Any, number: int) -> Judge:
+            return player if hasattr(player, "ask") else ModelJudge(speaker(player, f"judge {number}"))
+
+        trivial = cast.model if isinstance(cast.model, Trivial) else None
+        roles = Roles(
+            model=Parrot("") if isinstance(cast.model, Trivial) else speaker(cast.model, "model"),
+            judges=[judge(player, number) for number, player in enumerate(cast.judges, start=1)],
+            user_simulator=speaker(cast.user_simulator, "user_simulator"),
+            reference=speaker(cast.reference, "reference"),
+        )
+        roles.check(benchmark.name, benchmark.needs)
+
+        async def worker() -> None:
+            for sample in queue:
+                mine = roles if trivial is None else replace(roles, model=trivial.speaker(benchmark, sample))
+                score = await _episode(benchmark, sample, mine)
+                writer.write(Row.of(sample, benchmark.cluster(sample), score, benchmark.groups(sample)))
+                bar.advance()
+
+        servers = [asyncio.create_task(front.serve(writer.sync)) for front in fronts.values()]
+        workers = [asyncio.create_task(worker()) for _ in range(min(len(left), batch_size * _OPEN_BATCHES))]
+        try:
+            # Whichever fails first ends the run: a model (a server never returns) or an episode.
+            pending: set[asyncio.Task] = set(workers)
+            while pending:
+                ended, _ = await asyncio.wait({*servers, *pending}, return_when=asyncio.FIRST_COMPLETED)
+                for task in (*servers, *workers):
+                    if task in ended:
+                        task.result()
+                pending -= ended
+        finally:
+            for task in (*servers, *workers):
+                task.cancel()
+            await asyncio.gather(*servers, *workers, return_exceptions=True)
+
+
+async def _episode(benchmark: Benchmark, sample: Sample, roles: Roles) -> Score:
     try:
-        # Whichever fails first ends the run: the model (the server never returns) or an episode.
-        pending: set[asyncio.Task] = set(workers)
-        while pending:
-            ended, _ = await asyncio.wait({server, *pending}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (server, *workers):
-                if task in ended:
-                    task.result()
-            pending -= ended
-    finally:
-        for task in (server, *workers):
-            task.cancel()
-        await asyncio.gather(server, *workers, return_exceptions=True)
-
-
-async def _episode(benchmark: Benchmark, sample: Sample, model: AsyncModel) -> Score:
-    try:
-        score = await benchmark.episode(sample, model)
+        score = await benchmark.episode(sample, roles)
     except Unscored as error:
         return Score(reason=error.reason, raw=error.raw)
     except Exception as error:
@@ -183,9 +262,9 @@ async def _episode(benchmark: Benchmark, sample: Sample, model: AsyncModel) -> S
         raise
     bad = [name for name, value in score.values.items() if not math.isfinite(value)]
     if bad:
-        return Score(reason=f"{bad[0]} is not finite", raw=score.raw)
+        return replace(score, values={}, reason=f"{bad[0]} is not finite")
     if not score.scored and not score.reason:
-        return Score(reason="no values and no reason given", raw=score.raw)
+        return replace(score, reason="no values and no reason given")
     return score
 
 

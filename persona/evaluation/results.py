@@ -20,9 +20,9 @@ from typing import Any
 from persona.errors import UserError
 from persona.evaluation.statistics import RESAMPLES, Difference, Estimate, Metric, difference, estimate, holm
 from persona.files import atomic_write
-from persona.types import Sample, Score
+from persona.types import Message, Sample, Score, Verdict
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHOWN_ITEMS = 5
 
 
@@ -31,6 +31,8 @@ class Row:
     """One finished episode, as a line of samples.jsonl. `values` is empty where unscored, and `reason` says why.
 
     `n_items` is the length of the user's history; `items` its first few texts, for the reader of the report.
+    `groups` are the breakdowns the row belongs to, as {"tier": "hard"}; `transcript` the conversation of an episode
+    with more turns than its sample, `verdicts` what judges said in it.
     """
 
     id: str
@@ -46,9 +48,12 @@ class Row:
     raw: str
     values: dict[str, float]
     reason: str
+    groups: dict[str, str]
+    verdicts: tuple[Verdict, ...]
+    transcript: tuple[dict[str, str], ...]
 
     @staticmethod
-    def of(sample: Sample, cluster: str, score: Score) -> Row:
+    def of(sample: Sample, cluster: str, score: Score, groups: Mapping[str, str] | None = None) -> Row:
         """The row of a finished episode."""
         persona = sample.persona
         first = [] if persona is None else [persona.history[i] for i in range(min(SHOWN_ITEMS, len(persona.history)))]
@@ -60,17 +65,24 @@ class Row:
             description="" if persona is None else persona.description,
             n_items=0 if persona is None else len(persona.history),
             items=tuple(item.text if item.label is None else f"{item.text} → {item.label}" for item in first),
-            messages=tuple({"role": message.role, "content": message.content} for message in sample.messages),
+            messages=_plain(sample.messages),
             options=sample.options,
             target=sample.target,
             raw=score.raw,
             values=dict(score.values),
             reason=score.reason,
+            groups=dict(groups or {}),
+            verdicts=score.verdicts,
+            transcript=_plain(score.transcript),
         )
 
     def line(self) -> bytes:
         """The row as one line of JSON, newline included."""
         return (json.dumps(asdict(self), ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace")
+
+
+def _plain(messages: Sequence[Message]) -> tuple[dict[str, str], ...]:
+    return tuple({"role": message.role, "content": message.content} for message in messages)
 
 
 _ROW_KEYS = {entry.name for entry in fields(Row)}
@@ -186,8 +198,9 @@ def read_rows(path: Path) -> list[Row]:
             if not isinstance(entry, dict) or set(entry) != _ROW_KEYS:
                 found = ", ".join(sorted(entry)) if isinstance(entry, dict) else type(entry).__name__
                 raise UserError(f"{path}, line {number}, has {found} where {', '.join(sorted(_ROW_KEYS))} belong.")
-            for key in ("items", "messages", "options"):
+            for key in ("items", "messages", "options", "transcript"):
                 entry[key] = None if entry[key] is None else tuple(entry[key])
+            entry["verdicts"] = tuple(Verdict(**verdict) for verdict in entry["verdicts"])
             rows.append(Row(**entry))
     return rows
 

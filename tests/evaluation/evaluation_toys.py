@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from persona.evaluation.episodes import AsyncModel, Unscored, run_benchmark
+from persona.evaluation.episodes import Benchmark, Unscored, run_benchmark
 from persona.evaluation.results import Attention, Plots, Point, write_plots
+from persona.evaluation.roles import Roles
 from persona.evaluation.statistics import Metric
 from persona.types import HistoryItem, Message, Persona, Request, Response, Sample, Score
 
@@ -52,7 +53,7 @@ class ToyModel:
         return str(truth % 5 + 1)
 
 
-class Ratings:
+class Ratings(Benchmark):
     """What would this resident rate the place? The question ends in "#truth", which only the toy model can use."""
 
     name = "ratings"
@@ -81,9 +82,9 @@ class Ratings:
     def cluster(self, sample: Sample) -> str:
         return sample.persona.id if sample.persona else sample.id
 
-    async def episode(self, sample: Sample, model: AsyncModel) -> Score:
-        reply = await model.respond(Request(sample.messages, sample.persona, task=sample.task))
-        logp, tokens = await model.loglikelihood(Request(sample.messages, sample.persona), sample.target)
+    async def episode(self, sample: Sample, roles: Roles) -> Score:
+        reply = await roles.model.respond(Request(sample.messages, sample.persona, task=sample.task))
+        logp, tokens = await roles.model.loglikelihood(Request(sample.messages, sample.persona), sample.target)
         try:
             rating = int(reply.text)
         except ValueError:
@@ -99,8 +100,8 @@ class Voices(Ratings):
     name = "voices"
     metrics = {"voice": Metric(description="share of replies in the resident's voice"), "rouge-1": Metric()}
 
-    async def episode(self, sample: Sample, model: AsyncModel) -> Score:
-        reply = await model.respond(Request(sample.messages, sample.persona, task=sample.task))
+    async def episode(self, sample: Sample, roles: Roles) -> Score:
+        reply = await roles.model.respond(Request(sample.messages, sample.persona, task=sample.task))
         right = float(reply.text == sample.target)
         return Score({"voice": right, "rouge-1": 0.2 * right + 0.5 * draw("rouge", sample.id)}, raw=reply.text)
 

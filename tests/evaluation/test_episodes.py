@@ -13,7 +13,7 @@ import pytest
 from evaluation_toys import Ratings, ToyModel
 
 from persona.errors import UserError
-from persona.evaluation.episodes import Unscored, data_fingerprint, run_benchmark
+from persona.evaluation.episodes import Benchmark, Unscored, data_fingerprint, run_benchmark
 from persona.evaluation.results import Row, RowWriter, read_rows, read_summary
 from persona.evaluation.statistics import Metric
 from persona.types import Message, Request, Sample, Sampling, Score
@@ -25,7 +25,7 @@ def run(benchmark, model, folder, settings=SETTINGS, **more):
     return run_benchmark(benchmark, model, folder, stack="toy", settings=settings, progress=False, **more)
 
 
-class Probe:
+class Probe(Benchmark):
     """A benchmark whose episode is given by the test."""
 
     name, version, metrics = "probe", "1", {"x": Metric()}
@@ -39,8 +39,8 @@ class Probe:
     def cluster(self, sample):
         return sample.id
 
-    async def episode(self, sample, model):
-        return await self._episode(sample, model)
+    async def episode(self, sample, roles):
+        return await self._episode(sample, roles)
 
 
 def test_a_run_by_hand(tmp_path):
@@ -71,13 +71,15 @@ def test_batches_are_full_sorted_by_length_and_the_results_do_not_depend_on_them
 
 
 def test_an_episode_may_ask_many_things_at_once_and_in_turns(tmp_path):
-    async def episode(sample, model):
+    async def episode(sample, roles):
         request = Request(sample.messages, options=("a", "bbb"))
         chosen, first, second = await asyncio.gather(
-            model.choose(request), model.loglikelihood(request, "yes"), model.loglikelihood(request, "yes no")
+            roles.model.choose(request),
+            roles.model.loglikelihood(request, "yes"),
+            roles.model.loglikelihood(request, "yes no"),
         )
         await asyncio.sleep(0)
-        reply = await model.respond(request)
+        reply = await roles.model.respond(request)
         right = chosen == [-1.0, -3.0] and (first[1], second[1]) == (1, 2) and reply.text == "3"
         return Score({"x": float(right)}, raw=reply.text)
 
@@ -90,9 +92,9 @@ def test_an_episode_may_ask_many_things_at_once_and_in_turns(tmp_path):
 
 
 def test_requests_that_decode_differently_do_not_share_a_batch(tmp_path):
-    async def episode(sample, model):
+    async def episode(sample, roles):
         sampling = Sampling(temperature=float(int(sample.id[1:]) % 2), seed=int(sample.id[1:]))
-        reply = await model.respond(Request(sample.messages, sampling=sampling))
+        reply = await roles.model.respond(Request(sample.messages, sampling=sampling))
         return Score({"x": 1.0}, raw=reply.text)
 
     model = ToyModel(1.0)

@@ -95,8 +95,8 @@ def test_hostile_text_stays_text(tmp_path):
             first = super().samples()[0]
             return [replace(first, id=evil, target=evil, persona=replace(first.persona, id=evil, description=evil))]
 
-        async def episode(self, sample, model):
-            return replace(await super().episode(sample, model), raw=evil)
+        async def episode(self, sample, roles):
+            return replace(await super().episode(sample, roles), raw=evil)
 
     run_benchmark(Hostile(), ToyModel(), tmp_path / "a", stack=evil, settings={evil: evil}, progress=False)
     write_plots(tmp_path / "a", Plots(points=(Point(0, 0, evil, evil), Point(1, 1, "b", "b"))))

@@ -10,6 +10,7 @@ from rich.console import Console
 from persona.errors import UserError
 from persona.evaluation.episodes import run_benchmark
 from persona.evaluation.results import (
+    FORMAT_VERSION,
     Estimate,
     Plots,
     compare,
@@ -52,7 +53,7 @@ def test_broken_files_are_named(folder, tmp_path):
         read_summary(tmp_path)
     source = json.loads((folder / "untouched" / "evaluation" / "ratings" / "summary.json").read_text())
     (tmp_path / "summary.json").write_text(json.dumps(source | {"format_version": 0}))
-    with pytest.raises(UserError, match="not a summary of format version 1"):
+    with pytest.raises(UserError, match=f"not a summary of format version {FORMAT_VERSION}"):
         read_summary(tmp_path)
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(UserError, match="summary.json is not valid JSON"):

@@ -1,0 +1,65 @@
+"""Who takes part in an episode: the model that is measured, and who judges it, plays its user, or helps otherwise."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from persona.errors import UserError
+from persona.evaluation.judging import Judge, Rubric
+from persona.types import Request, Response, Verdict
+
+
+class Speaker(Protocol):
+    """Anything that answers one request at a time: a local model behind a batching front, or an endpoint."""
+
+    name: str
+    likelihoods: bool  # whether `choose` and `loglikelihood` can be asked
+
+    async def respond(self, request: Request) -> Response: ...
+
+    async def choose(self, request: Request) -> list[float]: ...
+
+    async def loglikelihood(self, request: Request, target: str) -> tuple[float, int]: ...
+
+
+class Parrot:
+    """Says one text whatever it is asked: what a constant or a random answer scores."""
+
+    likelihoods = False
+
+    def __init__(self, text: str) -> None:
+        self.text, self.name = text, "parrot"
+
+    async def respond(self, request: Request) -> Response:
+        return Response(self.text)
+
+    async def choose(self, request: Request) -> list[float]:
+        """0 for the option it says, -1000 for each other one."""
+        return [0.0 if option == self.text else -1000.0 for option in request.options or ()]
+
+    async def loglikelihood(self, request: Request, target: str) -> tuple[float, int]:
+        raise UserError("a constant or random answer has no likelihood")
+
+
+@dataclass(frozen=True)
+class Roles:
+    """`model` is what is measured; `reference` writes what a benchmark needs written beside it (questions, examples);
+    `user_simulator` plays the other side of a conversation. A benchmark names those it needs in `needs`."""
+
+    model: Speaker
+    judges: Sequence[Judge] = ()
+    user_simulator: Speaker | None = None
+    reference: Speaker | None = None
+
+    async def judge(self, rubric: Rubric, **slots: object) -> list[Verdict]:
+        """Every judge's verdict on the same question, asked at once, in the order of `judges`."""
+        return list(await asyncio.gather(*(judge.ask(rubric, **slots) for judge in self.judges)))
+
+    def check(self, benchmark: str, needs: Sequence[str]) -> None:
+        """Raise UserError when a role that `benchmark` needs is not taken."""
+        for role in needs:
+            if not (self.judges if role == "judge" else getattr(self, role)):
+                raise UserError(f"benchmark {benchmark} needs a {role}: choose one with {role}=endpoint, say")
