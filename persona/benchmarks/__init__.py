@@ -7,30 +7,66 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from omegaconf import MISSING
+
 from persona.data.base import People
 from persona.errors import UserError
 
-# Name -> module with a `build(config, people)`. Imported only when asked for.
-BENCHMARKS = {"lamp": "persona.benchmarks.lamp", "town": "persona.benchmarks.town"}
+# Name -> module with a `build(config)`, or `build(config, people)` for those over people. Imported when asked for.
+BENCHMARKS = {
+    "lamp": "persona.benchmarks.lamp",
+    "town": "persona.benchmarks.town",
+    "persobench": "persona.benchmarks.persobench",
+    "personagym": "persona.benchmarks.personagym",
+    "personamem": "persona.benchmarks.personamem",
+    "personafeedback": "persona.benchmarks.personafeedback",
+    "personaeval": "persona.benchmarks.personaeval",
+    "rmtbench": "persona.benchmarks.rmtbench",
+}
+OVER_PEOPLE = ("lamp", "town")
 
 
 @dataclass
 class BenchmarkConfig:
-    """What to measure on. `candidates`: how many replies of other users the true one is chosen from (0: not asked)."""
+    """What every benchmark has: at most `limit` samples, replies of at most `max_new_tokens`, a seed for its draws."""
 
-    name: str = "town"
-    split: str = "dev"
+    name: str = MISSING
     limit: int | None = None
     max_new_tokens: int = 32
-    num_beams: int = 1
-    candidates: int = 0
     seed: int = 0
 
 
-def build(config: BenchmarkConfig, people: People) -> Any:
-    """The benchmark `config.name` over these people. Raises UserError with the nearest name for an unknown one."""
+@dataclass
+class PeopleBenchmarkConfig(BenchmarkConfig):
+    """Over the people of `data`. `candidates`: of how many others' replies the true one is chosen (0: not asked)."""
+
+    split: str = "dev"
+    num_beams: int = 1
+    candidates: int = 0
+
+
+@dataclass
+class FileBenchmarkConfig(BenchmarkConfig):
+    """Over files of its own: `path` holds the official ones, null takes the small sample that comes with the package.
+    `compat: reference` scores as the published code does, its errors included (docs/errata.md)."""
+
+    path: str | None = None
+    compat: str | None = None
+
+
+@dataclass
+class AllConfig(BenchmarkConfig):
+    """Every benchmark there is, each with its own defaults; `limit` holds for all."""
+
+    name: str = "all"
+
+
+def build(config: BenchmarkConfig, people: People | None = None) -> Any:
+    """The benchmark `config.name`, over these people where it is over people (OVER_PEOPLE). Raises UserError with the
+    nearest name for an unknown one."""
     if config.name not in BENCHMARKS:
         near = difflib.get_close_matches(config.name, BENCHMARKS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(BENCHMARKS)}"
         raise UserError(f"there is no benchmark {config.name!r}: {hint}")
-    return importlib.import_module(BENCHMARKS[config.name]).build(config, people)
+    module = importlib.import_module(BENCHMARKS[config.name])
+    return module.build(config, people) if config.name in OVER_PEOPLE else module.build(config)

@@ -29,7 +29,7 @@ from persona.files import atomic_write
 from persona.types import Request, Sample, Sampling, Score
 
 if TYPE_CHECKING:
-    from persona.benchmarks import BenchmarkConfig
+    from persona.benchmarks import PeopleBenchmarkConfig
 
 COMPAT = (None, "lamp_reference", "pplug_reference")
 
@@ -216,7 +216,7 @@ class LaMP(Benchmark):
     name = "lamp"
     version = "1"
 
-    def __init__(self, people: People, config: BenchmarkConfig):
+    def __init__(self, people: People, config: PeopleBenchmarkConfig):
         self.config, self.tasks = config, people.tasks
         self._samples = list(people.split(config.split))[: config.limit]
         bare = [sample.id for sample in self._samples if not sample.target]
@@ -277,5 +277,5 @@ class LaMP(Benchmark):
             write_predictions(folder / f"predictions_{name}.json", name, mine, list(mine))
 
 
-def build(config: BenchmarkConfig, people: People) -> LaMP:
+def build(config: PeopleBenchmarkConfig, people: People) -> LaMP:
     return LaMP(people, config)

@@ -17,7 +17,7 @@ from persona.town import oracle
 from persona.types import Request, Sample, Sampling, Score
 
 if TYPE_CHECKING:
-    from persona.benchmarks import BenchmarkConfig
+    from persona.benchmarks import PeopleBenchmarkConfig
 
 
 class Town(Benchmark):
@@ -53,5 +53,5 @@ class Town(Benchmark):
         return Score({"tag_accuracy": float(answer == sample.target)}, raw=answer)
 
 
-def build(config: BenchmarkConfig, people: People) -> Town:
+def build(config: PeopleBenchmarkConfig, people: People) -> Town:
     return Town(list(people.split(config.split))[: config.limit], config.max_new_tokens)

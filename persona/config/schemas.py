@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from persona.benchmarks import BenchmarkConfig
+from persona.benchmarks import AllConfig, BenchmarkConfig, FileBenchmarkConfig, PeopleBenchmarkConfig
 from persona.data import DataConfig, TownConfig
 from persona.lm.load import ModelConfig
 from persona.methods.finetune import FinetuneConfig
@@ -43,7 +43,8 @@ class TrainConfig:
 @dataclass
 class EvaluateConfig:
     """`python evaluate.py`. `baselines` maps a display name to a stack; each is measured on the same samples as
-    `personalizers`. Finished samples are kept between runs unless `overwrite`."""
+    `personalizers`. Finished samples are kept between runs unless `overwrite`. With `endpoint.model` a server is
+    measured instead of `model`. `trivial` measures a constant and a random answer beside the stacks."""
 
     name: str = MISSING
     output: str = MISSING
@@ -61,7 +62,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "data": {"base_data": DataConfig, "base_town": TownConfig},
     "method": {"base_persona_plug": PersonaPlugConfig, "base_finetune": FinetuneConfig},
     "trainer": {"base_trainer": TrainerConfig},
-    "benchmark": {"base_benchmark": BenchmarkConfig},
+    "benchmark": {"base_all": AllConfig, "base_people": PeopleBenchmarkConfig},
 }
 # Texts that mean one of a few things: a typing error in them would otherwise show late, or not at all.
 CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
@@ -69,14 +70,16 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     TrainerConfig: {"precision": ("fp32", "bf16"), "wandb": ("offline", "online", "disabled")},
     FinetuneConfig: {"mode": ("lora", "full", "user_lora"), "split": ("train", "dev", "test")},
     PersonaPlugConfig: {"prefix_scale": ("measured", "none"), "compat": (None, "reference")},
-    BenchmarkConfig: {"split": ("train", "dev", "test")},
+    PeopleBenchmarkConfig: {"split": ("train", "dev", "test")},
+    FileBenchmarkConfig: {"compat": (None, "reference")},
 }
 POSITIVE: dict[type, tuple[str, ...]] = {
     ModelConfig: ("batch_size",),
     TrainerConfig: ("batch_size", "gradient_accumulation", "epochs", "learning_rate", "log_every", "save_every"),
     FinetuneConfig: ("r", "max_input_length"),
     PersonaPlugConfig: ("history_limit", "temperature", "max_input_length"),
-    BenchmarkConfig: ("max_new_tokens", "num_beams"),
+    BenchmarkConfig: ("max_new_tokens",),
+    PeopleBenchmarkConfig: ("num_beams",),
     TrainConfig: ("plan_gpus",),
 }
 
@@ -109,10 +112,11 @@ def value_problems(node: Any, prefix: str = "") -> Iterator[str]:
     """One sentence for each value in a bound config that is out of range or not among the choices."""
     if isinstance(node, ModelConfig) and not node.path:
         yield f"{prefix}path has no value: {prefix}path=… sets it"
-    for name in POSITIVE.get(type(node), ()):
+    of_bases = [base for base in type(node).__mro__ if base in POSITIVE or base in CHOICES]
+    for name in (name for base in of_bases for name in POSITIVE.get(base, ())):
         if getattr(node, name) <= 0:
             yield f"{prefix}{name}={getattr(node, name)} has to be greater than 0"
-    for name, choices in CHOICES.get(type(node), {}).items():
+    for name, choices in (pair for base in of_bases for pair in CHOICES.get(base, {}).items()):
         value = getattr(node, name)
         if value not in choices:
             known = ["null" if choice is None else choice for choice in choices]
@@ -120,6 +124,10 @@ def value_problems(node: Any, prefix: str = "") -> Iterator[str]:
     for part in fields(node):
         if is_dataclass(getattr(node, part.name)):
             yield from value_problems(getattr(node, part.name), f"{prefix}{part.name}.")
+        elif isinstance(getattr(node, part.name), dict):
+            for key, value in getattr(node, part.name).items():
+                if is_dataclass(value):
+                    yield from value_problems(value, f"{prefix}{part.name}.{key}.")
 
 
 def nearest(text: str, options: Sequence[str]) -> str:

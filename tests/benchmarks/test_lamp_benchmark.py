@@ -8,7 +8,7 @@ from benchmark_toys import Stated, run, values
 
 import persona
 from persona import benchmarks, data, metrics
-from persona.benchmarks import BenchmarkConfig
+from persona.benchmarks import PeopleBenchmarkConfig
 from persona.benchmarks.lamp import read_predictions, score
 from persona.data.base import People, plain_task, register
 from persona.errors import UserError
@@ -24,7 +24,7 @@ CHAT = register(plain_task("lamp_benchmark_chat"))
 
 def lamp(people, **changes):
     return benchmarks.build(
-        BenchmarkConfig(**{"name": "lamp", "num_beams": 1, "max_new_tokens": 8, **changes}), people
+        PeopleBenchmarkConfig(**{"name": "lamp", "num_beams": 1, "max_new_tokens": 8, **changes}), people
     )
 
 

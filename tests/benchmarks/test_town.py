@@ -5,7 +5,7 @@ from benchmark_toys import Stated, run, values
 
 import persona
 from persona import benchmarks, data
-from persona.benchmarks import BenchmarkConfig
+from persona.benchmarks import PeopleBenchmarkConfig
 from persona.errors import UserError
 from persona.town import lexicon as lx
 from persona.town import oracle, residents
@@ -21,7 +21,7 @@ def people():
 
 @pytest.fixture(scope="module")
 def town(people):
-    return benchmarks.build(BenchmarkConfig(name="town", split="dev"), people)
+    return benchmarks.build(PeopleBenchmarkConfig(name="town", split="dev"), people)
 
 
 def answers(people, change=lambda sample: sample.target):
@@ -88,7 +88,7 @@ def test_ratings_and_tags_beside_the_truth(town, people, tmp_path):
 def test_a_real_lm_is_scored_by_what_it_says(llama, people, tmp_path):
     """A random LM: each row again by hand from respond() and choose()."""
     model = persona.load(llama)
-    town = benchmarks.build(BenchmarkConfig(name="town", split="test", limit=7, max_new_tokens=6), people)
+    town = benchmarks.build(PeopleBenchmarkConfig(name="town", split="test", limit=7, max_new_tokens=6), people)
     assert list(town.samples()) == list(people.test[:7])
     summary, rows = run(town, model, tmp_path)
     for sample, row in zip(people.test[:7], rows, strict=True):
@@ -106,6 +106,6 @@ def test_a_real_lm_is_scored_by_what_it_says(llama, people, tmp_path):
 
 def test_unknown_names_are_one_sentence(people):
     with pytest.raises(UserError, match="no benchmark 'twon': did you mean town?"):
-        benchmarks.build(BenchmarkConfig(name="twon"), people)
+        benchmarks.build(PeopleBenchmarkConfig(name="twon"), people)
     with pytest.raises(UserError, match="there is no split 'deev'"):
-        benchmarks.build(BenchmarkConfig(name="town", split="deev"), people)
+        benchmarks.build(PeopleBenchmarkConfig(name="town", split="deev"), people)
