@@ -1,7 +1,9 @@
 import asyncio
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -162,6 +164,62 @@ run(Ratings(60), Slow(), {str(tmp_path / "killed")!r}, batch_size=2)
     run(Ratings(60), ToyModel(), tmp_path / "whole", batch_size=2)
     assert path.read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
     assert sum(len(texts) for kind, texts in model.batches if kind == "respond") == 60 - kept
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_killed_ten_times_on_two_processes_the_samples_are_those_of_an_uninterrupted_run(tmp_path):
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from accelerate import PartialState
+from evaluation_toys import Ratings, ToyModel
+from test_episodes import run
+processes = PartialState(cpu=True)
+class Slow(ToyModel):
+    def respond(self, requests):
+        time.sleep(0.02)
+        return super().respond(requests)
+run(Ratings(500), Slow(), sys.argv[1], batch_size=1, processes=processes)
+"""
+
+    def launch(folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return [
+            subprocess.Popen(
+                [sys.executable, "-c", script, str(folder)],
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stderr=subprocess.DEVNULL,
+            )
+            for rank in range(2)
+        ]
+
+    def rows(folder):
+        return sum(path.read_bytes().count(b"\n") for path in folder.glob("samples*.jsonl"))
+
+    assert [child.wait(120) for child in launch(tmp_path / "whole")] == [0, 0]
+    rng, counts = random.Random(0), []
+    for _ in range(10):
+        children = launch(tmp_path / "killed")
+        before, deadline = rows(tmp_path / "killed"), time.monotonic() + 60
+        while rows(tmp_path / "killed") < min(before + 8, 490) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        for child in children:
+            os.kill(child.pid, signal.SIGKILL)
+        for child in children:
+            child.wait()
+        counts.append(rows(tmp_path / "killed"))
+    assert counts == sorted(counts) and 0 < counts[0] and counts[-1] < 500, counts
+    assert [child.wait(120) for child in launch(tmp_path / "killed")] == [0, 0]
+    ids = [row.id for row in read_rows(tmp_path / "killed" / "samples.jsonl")]
+    assert len(ids) == len(set(ids)) == 500
+    contents = [(tmp_path / run / "samples.jsonl").read_bytes() for run in ("whole", "killed")]
+    assert contents[0] == contents[1]
+    assert read_summary(tmp_path / "whole").estimates == read_summary(tmp_path / "killed").estimates
 
 
 class Share:
