@@ -125,6 +125,17 @@ class Cast:
     user_simulator: Player | None = None
     reference: Player | None = None
 
+    def players(self) -> dict[str, Any]:
+        """Everybody by role, numbered where a role is taken by several."""
+        judges = {f"judge {number}": judge for number, judge in enumerate(self.judges, start=1)}
+        everybody = {"model": self.model, **judges}
+        everybody |= {"user_simulator": self.user_simulator, "reference": self.reference}
+        return {role: player for role, player in everybody.items() if player is not None}
+
+    def usage(self) -> dict[str, Any]:
+        """Requests, tokens and cost of each role that counts them (endpoints)."""
+        return {role: dict(player.usage) for role, player in self.players().items() if hasattr(player, "usage")}
+
 
 def data_fingerprint(samples: Sequence[Sample]) -> str:
     """16 hex digits over ids, messages, targets, options and personas (of histories: the length), in order."""
@@ -197,7 +208,10 @@ def run_benchmark(
     if processes:
         processes.wait_for_everyone()
     if rank == 0:
-        _finish(folder, benchmark, samples, stack, settings, time.monotonic() - started, len(samples) - len(done))
+        spent = {"usage": usage} if (usage := cast.usage()) else {}
+        _finish(
+            folder, benchmark, samples, stack, settings, time.monotonic() - started, len(samples) - len(done), spent
+        )
     if processes:
         processes.wait_for_everyone()
     return results.read_summary(folder)
@@ -227,6 +241,9 @@ async def _run_all(
             reference=speaker(cast.reference, "reference"),
         )
         roles.check(benchmark.name, benchmark.needs)
+        for player in cast.players().values():
+            if left and hasattr(player, "check"):
+                await player.check()  # an endpoint that does not answer is known before the first sample
 
         async def worker() -> None:
             for sample in queue:
@@ -347,6 +364,7 @@ def _finish(
     settings: Mapping[str, Any],
     seconds: float,
     ran: int,
+    spent: Mapping[str, Any],
 ) -> None:
     rows = {row.id: row for path in _parts(folder) for row in results.read_rows(path)}
     ordered = [rows[sample.id] for sample in samples]
@@ -359,6 +377,7 @@ def _finish(
         environment = results.read_summary(folder).environment
     else:
         environment = _environment() | {"seconds": round(seconds, 3), "samples_per_second": round(ran / seconds, 3)}
+        environment |= spent
     summary = results.summarize(
         ordered,
         benchmark=benchmark.name,
