@@ -1,4 +1,4 @@
-"""Batched generation: sorted by length, padded on the left, seeded per request."""
+"""Batched generation: sorted by length, padded on the left, seeded per request; shared beginnings computed once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -15,8 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from persona.lm.batch import Edit, Row, assemble, batches
+from persona.lm.batch import Edit, Row, assemble, entered
 from persona.lm.load import BaseLM
+from persona.lm.prefix import Shared
 from persona.lm.score import score
 from persona.types import Response, Sampling
 
@@ -74,10 +76,11 @@ class _Gumbel(LogitsProcessor):
 
 
 @torch.no_grad()
-def respond(base: BaseLM, rows: Sequence[Row], edit: Edit, batch_size: int = 32) -> list[Response]:
+def respond(base: BaseLM, rows: Sequence[Row], edit: Edit | None = None, batch_size: int = 32) -> list[Response]:
     """One reply per row, in order. Rows are grouped by their decoding settings and sorted by length.
 
-    A reply depends on its own row only (up to floating-point rounding of padded batches), sampling included.
+    A reply depends on its own row only (up to floating-point rounding of padded batches), sampling included. Where
+    nothing edits modules (`edit` None), rows of a batch share a long common beginning.
     """
     responses: list[Response | None] = [None] * len(rows)
     groups: dict[Sampling, list[int]] = defaultdict(list)
@@ -85,9 +88,11 @@ def respond(base: BaseLM, rows: Sequence[Row], edit: Edit, batch_size: int = 32)
         sampling = row.request.sampling
         groups[Sampling(**{**_fields(sampling), "seed": 0})].append(i)
     for sampling, members in groups.items():
-        for batch in batches([rows[i].length for i in members], batch_size):
+        shared = Shared(base, [rows[i] for i in members], edit)
+        for batch in shared.batches(batch_size):
             indices = [members[k] for k in batch]
-            for i, response in zip(indices, _generate(base, rows, indices, sampling, edit), strict=True):
+            replies = _generate(base, rows, indices, sampling, edit, shared.cache(batch))
+            for i, response in zip(indices, replies, strict=True):
                 responses[i] = response
     return [response for response in responses if response is not None]
 
@@ -96,7 +101,14 @@ def _fields(sampling: Sampling) -> dict:
     return {name: getattr(sampling, name) for name in Sampling.__dataclass_fields__}
 
 
-def _generate(base: BaseLM, rows: Sequence[Row], batch: list[int], sampling: Sampling, edit: Edit) -> list[Response]:
+def _generate(
+    base: BaseLM,
+    rows: Sequence[Row],
+    batch: list[int],
+    sampling: Sampling,
+    edit: Edit | None,
+    cache: DynamicCache | None,
+) -> list[Response]:
     recorder = _Recorder()
     processors = LogitsProcessorList([recorder] if sampling.num_beams == 1 else [])
     if sampling.num_beams == 1 and sampling.temperature > 0:
@@ -116,7 +128,11 @@ def _generate(base: BaseLM, rows: Sequence[Row], batch: list[int], sampling: Sam
         decoder_start_token_id=getattr(base.model.config, "decoder_start_token_id", None),
         stop_strings=list(sampling.stop) or None,
     )
-    with edit(batch):  # the embeddings too: a personalizer may exchange them
+    given = {}
+    if cache is not None:  # generate() then computes the columns behind the cache only
+        cache.batch_repeat_interleave(sampling.num_beams)
+        given["past_key_values"] = cache
+    with entered(edit, batch):  # the embeddings too: a personalizer may exchange them
         inputs = assemble(base, [rows[i] for i in batch])
         output = base.model.generate(
             inputs_embeds=inputs.embeds,
@@ -124,6 +140,7 @@ def _generate(base: BaseLM, rows: Sequence[Row], batch: list[int], sampling: Sam
             generation_config=config,
             logits_processor=processors,
             tokenizer=base.tokenizer if sampling.stop else None,
+            **given,
         )
     recorder.settle(output)
     generated = output[:, 1:] if base.is_encoder_decoder else output  # the decoder's start token is not ours
@@ -136,9 +153,8 @@ def _generate(base: BaseLM, rows: Sequence[Row], batch: list[int], sampling: Sam
         steps = torch.stack(recorder.steps, dim=1).cpu()
         logprobs = [tuple(steps[k, : len(tokens)].tolist()) for k, tokens in enumerate(kept)]
     else:
-        scored = score(
-            base, [rows[i] for i in batch], [[tokens] for tokens in kept], lambda s: edit([batch[k] for k in s])
-        )
+        again = None if edit is None else lambda s: edit([batch[k] for k in s])
+        scored = score(base, [rows[i] for i in batch], [[tokens] for tokens in kept], again)
         logprobs = [tuple(options[0].tolist()) for options in scored]
     return [_response(base, tokens, logps, sampling, ends) for tokens, logps in zip(kept, logprobs, strict=True)]
 

@@ -1,4 +1,4 @@
-"""log p of given continuations; the prompt is computed once and shared by all continuations of a row."""
+"""log p of given continuations; a prompt is computed once for all its continuations, what rows share once for all."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from persona.lm.batch import Edit, Row, assemble, batches
+from persona.lm.batch import Edit, Row, assemble, entered
 from persona.lm.load import BaseLM
+from persona.lm.prefix import Shared
 
 
 @torch.no_grad()
@@ -18,32 +19,42 @@ def score(
     base: BaseLM,
     rows: Sequence[Row],
     continuations: Sequence[Sequence[Sequence[int]]],
-    edit: Edit,
+    edit: Edit | None = None,
     batch_size: int = 32,
 ) -> list[list[Tensor]]:
     """Per-token log-probabilities (natural, float32) of each row's continuations, in their order.
 
     `continuations[r][o]` are the token ids of option `o` of row `r`; the result has the same shape, each entry a
-    1-D tensor on the CPU. A row may have any number of continuations, none included.
+    1-D tensor on the CPU. A row may have any number of continuations, none included. Where nothing edits modules
+    (`edit` None), rows share a long common beginning; results are the same up to rounding.
     """
     result: list[list[Tensor]] = [[] for _ in rows]
-    for batch in batches([row.length for row in rows], batch_size):
+    shared = Shared(base, rows, edit)
+    for batch in shared.batches(batch_size):
         # Options differ in number, so a batch is cut where its options would fill more rows than a batch may have.
         chunk: list[int] = []
         options = 0
         for i in batch:
             if chunk and options + len(continuations[i]) > 4 * batch_size:
-                _score_batch(base, rows, continuations, edit, chunk, result)
+                _score_batch(base, rows, continuations, edit, shared, chunk, result)
                 chunk, options = [], 0
             if continuations[i]:
                 chunk.append(i)
                 options += len(continuations[i])
         if chunk:
-            _score_batch(base, rows, continuations, edit, chunk, result)
+            _score_batch(base, rows, continuations, edit, shared, chunk, result)
     return result
 
 
-def _score_batch(base, rows, continuations, edit: Edit, batch: list[int], result: list[list[Tensor]]) -> None:
+def _score_batch(
+    base: BaseLM,
+    rows: Sequence[Row],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    edit: Edit | None,
+    shared: Shared,
+    batch: list[int],
+    result: list[list[Tensor]],
+) -> None:
     device = base.device
     owner = [k for k, i in enumerate(batch) for _ in continuations[i]]  # the batch row of each option
     options = [list(option) for i in batch for option in continuations[i]]
@@ -56,23 +67,25 @@ def _score_batch(base, rows, continuations, edit: Edit, batch: list[int], result
     option_rows = [batch[k] for k in owner]
 
     if base.is_encoder_decoder:
-        with edit(batch):
+        with entered(edit, batch):
             inputs = assemble(base, [rows[i] for i in batch])
             encoded = base.model.get_encoder()(inputs_embeds=inputs.embeds, attention_mask=inputs.mask)
-        with edit(option_rows):
+        with entered(edit, option_rows):
             logits = base.model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=encoded.last_hidden_state[expand]),
                 attention_mask=inputs.mask[expand],
                 labels=targets,
             ).logits
     else:
-        cache = DynamicCache(config=base.model.config)
-        with edit(batch):
+        with entered(edit, batch):
             inputs = assemble(base, [rows[i] for i in batch])
+            cache = shared.cache(batch)
+            cache = DynamicCache(config=base.model.config) if cache is None else cache
+            done = cache.get_seq_length()
             prompt = base.model(
-                inputs_embeds=inputs.embeds,
+                inputs_embeds=inputs.embeds[:, done:],
                 attention_mask=inputs.mask,
-                position_ids=inputs.positions,
+                position_ids=inputs.positions[:, done:],
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -85,7 +98,7 @@ def _score_batch(base, rows, continuations, edit: Edit, batch: list[int], result
             known = targets[:, :-1]
             real = (known != -100).long()
             last = inputs.positions[expand][:, -1:]
-            with edit(option_rows):
+            with entered(edit, option_rows):
                 rest = base.model(
                     input_ids=known.clamp(min=0),
                     attention_mask=torch.cat([inputs.mask[expand], real], dim=1),
