@@ -1,16 +1,22 @@
 """Measure stacks of personalizers: `python evaluate.py benchmark=town personalizers=[outputs/x/personalizer]`.
 
-`baselines` names other stacks to measure beside it on the same samples. Ends in a table and report.html.
+`baselines` names other stacks to measure beside it on the same samples; `judge`, `reference` and `user_simulator` say
+who plays the other roles. Ends in a table and report.html. `benchmark=all` measures on every benchmark there is.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from persona.config import EvaluateConfig, entry, save_run_files
+from persona.config import EvaluateConfig, RoleConfig, entry, load_config, save_run_files
 from persona.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(cfg: EvaluateConfig) -> Path:
@@ -18,61 +24,170 @@ def evaluate(cfg: EvaluateConfig) -> Path:
     import torch
     from accelerate import PartialState
 
-    import persona
-    from persona import benchmarks, data, lm
-    from persona.evaluation import plots, report, results
-    from persona.evaluation.episodes import run_benchmark
+    from persona.benchmarks import BENCHMARKS, OVER_PEOPLE
+    from persona.evaluation import report
     from persona.evaluation.table import print_table
 
-    # Before the LM is loaded, as it chooses this process's GPU. Without one, every process that torchrun starts would
+    # Before an LM is loaded, as it chooses this process's GPU. Without one, every process that torchrun starts would
     # take itself for the only one unless told that the CPU is meant.
     processes = PartialState(cpu=not torch.cuda.is_available())
-    base = lm.load(cfg.model)
-    people = data.load(cfg.data)
-    benchmark = benchmarks.build(cfg.benchmark, people)
-    folder = Path(cfg.output) / "evaluation" / cfg.benchmark.name
-    measured = persona.load(base, cfg.personalizers, cfg.model.batch_size)
-    own = " + ".join(personalizer.method for personalizer in measured.personalizers) or "untouched"
-    if own in cfg.baselines:
-        own = cfg.name
-    # Differences are taken against the stack that is measured: a baseline marked ▼ is one it beats.
-    stacks: dict[str, list[Any]] = dict(cfg.baselines)
-    if measured.personalizers or [] not in stacks.values():
-        if own in stacks:
-            raise UserError(f"the baselines already have a stack called {own!r}: give this one another name=…")
-        stacks[own] = list(measured.personalizers)
-    else:  # nothing was named, and a baseline is the untouched LM already
-        own = next(name for name, stack in stacks.items() if stack == [])
-    if odd := [name for name in stacks if Path(name).name != name]:
-        raise UserError(f"{odd[0]!r} cannot name a folder of results: it should hold no slash")
+    root = Path(cfg.output) / "evaluation"
+    configs = [cfg.benchmark]
+    if cfg.benchmark.name == "all":
+        changes = {key: value for key in ("limit", "seed") if (value := getattr(cfg.benchmark, key))}
+        configs = [replace(load_config("evaluate", [f"benchmark={name}"]).benchmark, **changes) for name in BENCHMARKS]
+    folder = root / cfg.benchmark.name if len(configs) == 1 else root
+    players = Players(cfg)
+    people = players.data(cfg.data) if any(config.name in OVER_PEOPLE for config in configs) else None
+    benchmarks = [players.benchmark(config, people) for config in configs]
+    stacks, own = players.stacks()
     save_run_files(folder, cfg)
-    for name, stack in stacks.items():
-        model = persona.load(base, stack, cfg.model.batch_size)
-        settings = {
-            "base": base.identity,
-            "dtype": str(base.dtype),
-            "stack": [[p.method, p.config(), p.fingerprint] for p in model.personalizers],
-            "benchmark": {key: value for key, value in vars(cfg.benchmark).items()},
-        }
-        run_benchmark(
-            benchmark,
-            model,
-            folder / name,
-            stack=name,
-            settings=json.loads(json.dumps(settings, default=str)),
-            batch_size=cfg.model.batch_size,
-            overwrite=cfg.overwrite,
-            processes=processes,
-        )
-        if processes.is_main_process:
-            if hasattr(benchmark, "write_artifacts"):
-                benchmark.write_artifacts(results.read_rows(folder / name / "samples.jsonl"), folder / name)
-            plots.write(model, benchmark.samples(), folder / name)
+    for config, benchmark in zip(configs, benchmarks, strict=True):
+        for name, stack in stacks.items():
+            measure(benchmark, config, players, name, stack, root / benchmark.name / name, processes)
     if processes.is_main_process:
-        folders = [folder / name for name in stacks]
+        folders = [root / benchmark.name / name for benchmark in benchmarks for name in stacks]
         print_table(folders, baseline=own)
         report.write_report(folders, folder / "report.html", baseline=own)
     return folder
+
+
+class Players:
+    """Everybody who takes part, loaded once: the base LM or endpoint, its stacks, and the other roles."""
+
+    def __init__(self, cfg: EvaluateConfig) -> None:
+        from persona import lm
+        from persona.evaluation.endpoint import Endpoint
+
+        self.cfg = cfg
+        self.base = Endpoint(cfg.endpoint) if cfg.endpoint.model else lm.load(cfg.model)
+        self.judges = {name: self._role(role, name) for name, role in cfg.judge.items() if role.kind != "none"}
+        self.reference = self._role(cfg.reference, "reference")
+        self.user_simulator = self._role(cfg.user_simulator, "user_simulator")
+
+    def _role(self, role: RoleConfig, name: str) -> Any:
+        import persona
+        from persona import lm
+        from persona.evaluation.endpoint import Endpoint, PersonalizedEndpoint
+
+        if role.kind in ("random", "oracle") and name in ("reference", "user_simulator"):
+            raise UserError(f"{name}.kind={role.kind} is for judges only: choose local or endpoint")
+        if role.kind == "local":
+            return persona.load(lm.load(role.model), role.personalizers, role.model.batch_size)
+        if role.kind == "endpoint":
+            endpoint = Endpoint(role.endpoint)
+            return PersonalizedEndpoint(endpoint, role.personalizers) if role.personalizers else endpoint
+        if role.kind == "random":
+            from persona.evaluation.judging import random_judge
+
+            return random_judge(0)
+        if role.kind == "oracle":
+            from persona.evaluation.oracle_judge import OracleJudge
+
+            return OracleJudge()
+        return None
+
+    def data(self, config: Any) -> Any:
+        from persona import data
+
+        return data.load(config)
+
+    def benchmark(self, config: Any, people: Any) -> Any:
+        """The benchmark, once every role it needs is taken. Raises UserError."""
+        from persona import benchmarks
+
+        benchmark = benchmarks.build(config, people)
+        taken = {"judge": self.judges, "reference": self.reference, "user_simulator": self.user_simulator}
+        for role in benchmark.needs:
+            if not taken[role]:
+                raise UserError(f"benchmark {benchmark.name} needs a {role}: choose one with {role}=endpoint, say")
+        return benchmark
+
+    def model(self, stack: Sequence[Any]) -> Any:
+        """The base under a stack."""
+        import persona
+        from persona.evaluation.endpoint import Endpoint, PersonalizedEndpoint
+
+        if isinstance(self.base, Endpoint):
+            return PersonalizedEndpoint(self.base, stack) if stack else self.base
+        return persona.load(self.base, stack, self.cfg.model.batch_size)
+
+    def stacks(self) -> tuple[dict[str, Any], str]:
+        """Display name → stack of personalizers (or a trivial answer), and the name of the measured one.
+
+        Differences are taken against the measured stack: a baseline marked ▼ is one it beats.
+        """
+        from persona.evaluation.episodes import Trivial
+
+        cfg = self.cfg
+        measured = self.model(cfg.personalizers)
+        loaded = list(getattr(measured, "personalizers", ()))
+        own = " + ".join(personalizer.method for personalizer in loaded) or "untouched"
+        if own in cfg.baselines:
+            own = cfg.name
+        stacks: dict[str, Any] = dict(cfg.baselines)
+        if loaded or [] not in stacks.values():
+            if own in stacks:
+                raise UserError(f"the baselines already have a stack called {own!r}: give this one another name=…")
+            stacks[own] = loaded
+        else:  # nothing was named, and a baseline is the untouched LM already
+            own = next(name for name, stack in stacks.items() if stack == [])
+        if cfg.trivial:
+            stacks |= {f"{kind} answer": Trivial(kind) for kind in ("constant", "random")}
+        if odd := [name for name in stacks if Path(name).name != name]:
+            raise UserError(f"{odd[0]!r} cannot name a folder of results: it should hold no slash")
+        return stacks, own
+
+
+def measure(
+    benchmark: Any, config: Any, players: Players, name: str, stack: Any, folder: Path, processes: Any
+) -> None:
+    """One stack on one benchmark, into its own folder."""
+    from persona.evaluation import plots, results
+    from persona.evaluation.episodes import Cast, Trivial, run_benchmark
+
+    cfg = players.cfg
+    model: Any = stack if isinstance(stack, Trivial) else players.model(stack)
+    local = hasattr(model, "prefixes")
+    settings: Mapping[str, Any] = {
+        "model": vars(stack) if isinstance(stack, Trivial) else model_settings(players.base),
+        "stack": [[p.method, p.config(), p.fingerprint] for p in getattr(model, "personalizers", ())],
+        "benchmark": asdict(config),
+        "judge": {key: role_settings(role) for key, role in cfg.judge.items()},
+        "reference": role_settings(cfg.reference),
+        "user_simulator": role_settings(cfg.user_simulator),
+    }
+    run_benchmark(
+        benchmark,
+        Cast(model, list(players.judges.values()), players.user_simulator, players.reference),
+        folder,
+        stack=name,
+        settings=json.loads(json.dumps(settings, default=str)),
+        batch_size=cfg.model.batch_size,
+        overwrite=cfg.overwrite,
+        processes=processes,
+    )
+    if processes.is_main_process:
+        if hasattr(benchmark, "write_artifacts"):
+            benchmark.write_artifacts(results.read_rows(folder / "samples.jsonl"), folder)
+        if local:
+            plots.write(model, benchmark.samples(), folder)
+
+
+def model_settings(base: Any) -> dict[str, Any]:
+    """What of the measured model makes numbers comparable."""
+    if hasattr(base, "identity"):
+        return {**base.identity, "dtype": str(base.dtype)}
+    return {"endpoint": base.config.model, "base_url": base.config.base_url}
+
+
+def role_settings(role: RoleConfig) -> dict[str, Any]:
+    """What of a role makes numbers comparable; not how fast or at what price it is asked."""
+    if role.kind == "local":
+        return {"kind": role.kind, "model": role.model.path, "dtype": role.model.dtype, "stack": role.personalizers}
+    if role.kind == "endpoint":
+        return {"kind": role.kind, "model": role.endpoint.model, "base_url": role.endpoint.base_url}
+    return {"kind": role.kind}
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def problems(*argv: str, config: str = "train") -> str:
 def test_the_list_of_files_is_not_empty_and_has_every_group() -> None:
     assert len(COMPOSED) > 20
     assert {path.parts[0] for path in COMPOSED} == {
-        *("train.yaml", "evaluate.yaml", "experiment", "debug", "baselines"),
+        *("train.yaml", "evaluate.yaml", "experiment", "debug", "baselines", "judge"),
         *GROUPS,
     }
 
@@ -44,7 +44,7 @@ def test_the_list_of_files_is_not_empty_and_has_every_group() -> None:
 @pytest.mark.parametrize("path", COMPOSED, ids=str)
 def test_every_yaml_composes_and_binds(path: Path) -> None:
     group, choice = path.parent.as_posix(), path.stem
-    roots = ["evaluate"] if group in ("benchmark", "baselines") else ["train"]
+    roots = ["evaluate"] if group in ("benchmark", "baselines", "judge", "reference", "user_simulator") else ["train"]
     if group in ("model", "data"):
         roots = ["train", "evaluate"]
     for root in [choice] if group == "." else roots:

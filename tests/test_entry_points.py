@@ -89,7 +89,8 @@ def check_measured(places, data: str, out: Path, stack: list, method: str, sampl
     folder = evaluate(cfg)
     assert folder == out / "evaluation" / data
     measured = {path.parent.name: read_summary(path.parent) for path in folder.glob("*/summary.json")}
-    assert set(measured) == {"untouched", " + ".join([*(["retrieval"] if len(stack) > 1 else []), method])}
+    own = " + ".join([*(["retrieval"] if len(stack) > 1 else []), method])
+    assert set(measured) == {"untouched", own, "constant answer", "random answer"}
     for name, summary in measured.items():
         rows = read_rows(folder / name / "samples.jsonl")
         assert summary.n == len(rows) == samples and summary.n_unscored == 0
@@ -325,7 +326,7 @@ def test_evaluation_downloads_nothing(tmp_path, offline):
     done = subprocess.run(command, cwd=ROOT, env=offline, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run" / "evaluation" / "town"
-    stacks = {"untouched", "recency 4", "bm25 4", "dense 4"}
+    stacks = {"untouched", "recency 4", "bm25 4", "dense 4", "constant answer", "random answer"}
     assert {path.parent.name for path in folder.glob("*/summary.json")} == stacks
     assert all(len(read_rows(folder / stack / "samples.jsonl")) == 6 for stack in stacks)
     assert "bm25 4" in done.stdout and "voice" in done.stdout and (folder / "report.html").stat().st_size > 10_000

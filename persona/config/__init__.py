@@ -8,11 +8,12 @@ if __name__ == "__main__":                                                   # t
 
 from persona.config.compose import CONFIGS, bind, check_overrides, load_config
 from persona.config.run import entry, save_run_files
-from persona.config.schemas import EvaluateConfig, TrainConfig
+from persona.config.schemas import EvaluateConfig, RoleConfig, TrainConfig
 
 __all__ = [
     "CONFIGS",
     "EvaluateConfig",
+    "RoleConfig",
     "TrainConfig",
     "bind",
     "check_overrides",

@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from persona.benchmarks import AllConfig, BenchmarkConfig, FileBenchmarkConfig, PeopleBenchmarkConfig
 from persona.data import DataConfig, TownConfig
+from persona.evaluation.endpoint import EndpointConfig
 from persona.lm.load import ModelConfig
 from persona.methods.finetune import FinetuneConfig
 from persona.methods.persona_plug import PersonaPlugConfig
@@ -41,6 +42,17 @@ class TrainConfig:
 
 
 @dataclass
+class RoleConfig:
+    """Who plays a role beside the model. `kind`: none, local (`model` under `personalizers`), endpoint, and for judges
+    random (valid verdicts drawn at random) or oracle (the town's own reader)."""
+
+    kind: str = "none"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    personalizers: list[Any] = field(default_factory=list)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+
+
+@dataclass
 class EvaluateConfig:
     """`python evaluate.py`. `baselines` maps a display name to a stack; each is measured on the same samples as
     `personalizers`. Finished samples are kept between runs unless `overwrite`. With `endpoint.model` a server is
@@ -53,6 +65,11 @@ class EvaluateConfig:
     benchmark: Any = MISSING
     personalizers: list[Any] = field(default_factory=list)
     baselines: dict[str, list[Any]] = field(default_factory=dict)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    judge: dict[str, RoleConfig] = field(default_factory=dict)
+    reference: RoleConfig = field(default_factory=RoleConfig)
+    user_simulator: RoleConfig = field(default_factory=RoleConfig)
+    trivial: bool = True
     overwrite: bool = False
 
 
@@ -63,6 +80,8 @@ GROUPS: dict[str, dict[str, type]] = {
     "method": {"base_persona_plug": PersonaPlugConfig, "base_finetune": FinetuneConfig},
     "trainer": {"base_trainer": TrainerConfig},
     "benchmark": {"base_all": AllConfig, "base_people": PeopleBenchmarkConfig},
+    "reference": {"base_role": RoleConfig},
+    "user_simulator": {"base_role": RoleConfig},
 }
 # Texts that mean one of a few things: a typing error in them would otherwise show late, or not at all.
 CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
@@ -70,6 +89,7 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     TrainerConfig: {"precision": ("fp32", "bf16"), "wandb": ("offline", "online", "disabled")},
     FinetuneConfig: {"mode": ("lora", "full", "user_lora"), "split": ("train", "dev", "test")},
     PersonaPlugConfig: {"prefix_scale": ("measured", "none"), "compat": (None, "reference")},
+    RoleConfig: {"kind": ("none", "local", "endpoint", "random", "oracle")},
     PeopleBenchmarkConfig: {"split": ("train", "dev", "test")},
     FileBenchmarkConfig: {"compat": (None, "reference")},
 }

@@ -128,7 +128,7 @@ class Cast:
     def players(self) -> dict[str, Any]:
         """Everybody by role, numbered where a role is taken by several."""
         judges = {f"judge {number}": judge for number, judge in enumerate(self.judges, start=1)}
-        everybody = {"model": self.model, **judges}
+        everybody: dict[str, Any] = {"model": self.model, **judges}
         everybody |= {"user_simulator": self.user_simulator, "reference": self.reference}
         return {role: player for role, player in everybody.items() if player is not None}
 
@@ -384,6 +384,7 @@ def _finish(
         benchmark_version=benchmark.version,
         stack=stack,
         metrics=benchmark.metrics,
+        primary=benchmark.primary,
         settings=settings,
         fingerprint=fingerprint(settings),
         environment=environment,
