@@ -32,7 +32,6 @@ from persona.errors import UserError
 from persona.evaluation.budget import Account, Pace, estimate_tokens
 from persona.evaluation.episodes import Unscored
 from persona.evaluation.reply_cache import ReplyCache, reply_key
-from persona.evaluation.roles import Speaker
 from persona.types import Request, Response
 
 if TYPE_CHECKING:  # openai takes half a second to import: only a run that asks an endpoint pays for it
@@ -47,6 +46,7 @@ _LONGEST_BACKOFF = 60.0
 _LONGEST_WAIT = 600.0  # a server that wants to be left alone for longer (Retry-After) ends the run
 _LANDING = 0.1  # seconds for episodes whose replies just came to write their rows before a cap ends the run
 _REPORT_SECONDS = 30.0
+_CHECK_SECONDS = 30.0  # for the list of models, before the first sample
 _FINISH = {"stop": "eos", "length": "length"}
 
 
@@ -98,6 +98,7 @@ class _Live:
     client: openai.AsyncOpenAI
     slots: asyncio.Semaphore
     settled: asyncio.Event = field(default_factory=asyncio.Event)
+    checking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Endpoint:
         self._resume = 0.0  # on the monotonic clock: until then the server wants no request from anyone
         self._length_name = "max_tokens"
         self._failures, self._answered, self._spoke = 0, False, -math.inf
+        self._to_check = False
 
     @property
     def usage(self) -> dict[str, float]:
@@ -145,6 +147,10 @@ class Endpoint:
         if self._cache is not None and (kept := self._cache.get(key)) is not None:
             self._account.cached += 1
             return kept
+        if self._to_check:
+            async with self._here().checking:
+                if self._to_check:
+                    await self._check()
         reply = await self._ask(asked)
         if reply.finish_reason == "content_filter":
             raise Unscored(f"endpoint {self.name}: the server's content filter withheld the reply", reply.text)
@@ -161,12 +167,21 @@ class Endpoint:
 
     async def check(self) -> None:
         """Raise UserError, in one sentence, for: no key in the environment, nothing that answers at the address, a
-        key that is refused, a model that the server does not have (with the nearest name that it has)."""
-        url = self.config.base_url
+        key that is refused, a model that the server does not have (with the nearest name that it has).
+
+        With replies in the cache that waits for the first question which is not in it: what is there can be had
+        without server and key.
+        """
+        self._to_check = True
+        if self._cache is None or not len(self._cache):
+            await self._check()
+
+    async def _check(self) -> None:
+        url, client = self.config.base_url, self._here().client
         names: list[str] | None = None
         try:
-            async with asyncio.timeout(min(self.config.timeout, 30.0)):
-                body = await self._send(self._here().client.models.with_raw_response.list())
+            async with asyncio.timeout(_CHECK_SECONDS):
+                body = await self._send(client.models.with_raw_response.list(timeout=_CHECK_SECONDS))
             names = [str(entry["id"]) for entry in body["data"]]
         except _Refused as refused:
             if refused.status not in (404, 405, 501):
@@ -180,9 +195,9 @@ class Endpoint:
                 ) from None
         except (KeyError, TypeError):
             pass
-        if names is not None and self.config.model in names:
-            return
-        await self._probe(names or [])
+        if names is None or self.config.model not in names:
+            await self._probe(names or [])
+        self._to_check = False
 
     async def close(self) -> None:
         """Close this event loop's connections; the next request opens new ones."""
@@ -435,7 +450,7 @@ _COUNTS = ("prompt_tokens", "completion_tokens")
 
 
 class PersonalizedEndpoint:
-    """Personalizers that act through the prompt, in front of an endpoint (or any Speaker), in the order given.
+    """Personalizers that act through the prompt, in front of an endpoint, in the order given.
 
     Raises UserError for a personalizer that acts on embeddings or modules: neither exists over HTTP. Retrieval counts
     its budget in the tokens of the base LM that it was built with.
@@ -443,7 +458,7 @@ class PersonalizedEndpoint:
 
     likelihoods = False
 
-    def __init__(self, endpoint: Speaker, personalizers: Sequence[Personalizer]) -> None:
+    def __init__(self, endpoint: Endpoint, personalizers: Sequence[Personalizer]) -> None:
         from persona.personalizer import Personalizer
 
         for personalizer in personalizers:
@@ -455,6 +470,19 @@ class PersonalizedEndpoint:
                     )
         self.endpoint, self.personalizers = endpoint, tuple(personalizers)
         self.name = endpoint.name
+
+    @property
+    def usage(self) -> dict[str, float]:
+        """The endpoint's."""
+        return self.endpoint.usage
+
+    async def check(self) -> None:
+        """The endpoint's."""
+        await self.endpoint.check()
+
+    async def close(self) -> None:
+        """The endpoint's."""
+        await self.endpoint.close()
 
     async def respond(self, request: Request) -> Response:
         """The endpoint's reply to the request with every personalizer's messages."""

@@ -68,6 +68,9 @@ class ReplyCache:
         self._guard(lambda: self._connection.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", values))
         return self.get(key) or response
 
+    def __len__(self) -> int:
+        return self._guard(lambda: self._connection.execute("SELECT count(*) FROM replies").fetchone()[0])
+
     def close(self) -> None:
         self._connection.close()
 
