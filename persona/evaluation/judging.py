@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from persona.errors import UserError
+from persona.evaluation.parsing import Unreadable as Unreadable
 from persona.evaluation.prompts import Prompt
 from persona.types import Request, Sampling, Verdict
 
 if TYPE_CHECKING:
     from persona.evaluation.roles import Speaker
-
-
-class Unreadable(Exception):
-    """Raised by a parser: the reply holds no verdict, or more than one; the message says which."""
 
 
 @dataclass(frozen=True)
