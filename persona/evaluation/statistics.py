@@ -18,6 +18,7 @@ from persona.errors import UserError
 RESAMPLES = 5000
 PERMUTATIONS = 10_000
 _BLOCK = 2_000_000  # entries of one block of the resampling matrix: bounds memory, not results
+_ECE_BINS = 20
 _EXACT_CLUSTERS = 12  # up to here all 2^clusters swaps are enumerated instead of drawn
 
 
@@ -85,11 +86,25 @@ def _macro_f1(sums: np.ndarray) -> np.ndarray:
     return np.where(total > 0, 2 * hits / np.where(total > 0, total, 1), 0.0).mean(axis=-1)
 
 
+def _ece_rows(columns: Sequence[np.ndarray], metric: Metric) -> np.ndarray:
+    """Expected calibration error: 20 bins (low, high] of the confidence; 0 lies in none."""
+    confidence, correct = columns
+    within = np.searchsorted(np.linspace(0, 1, _ECE_BINS + 1), confidence, side="left")[:, None] - 1
+    excess = np.where(within == np.arange(_ECE_BINS), (confidence - correct)[:, None], 0.0)
+    return np.concatenate([excess, np.ones((len(confidence), 1))], axis=-1)
+
+
+def _ece(sums: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.abs(sums[..., :-1]).sum(axis=-1) / sums[..., -1]
+
+
 AGGREGATES: dict[str, Aggregate] = {
     "mean": Aggregate(1, _mean_rows, _ratio),
     "rmse": Aggregate(2, _squared_error_rows, _root_ratio),  # columns: truth, prediction
     "ratio": Aggregate(2, _ratio_rows, _ratio),  # columns: numerator, denominator (log p, tokens)
     "macro_f1": Aggregate(2, _f1_rows, _macro_f1),  # columns: true class index, predicted class index (-1: none)
+    "ece": Aggregate(2, _ece_rows, _ece),  # columns: confidence in the answer given, correct (0 to 1)
 }
 
 

@@ -127,7 +127,7 @@ def test_holm_by_hand():
 
 
 def test_badly_declared_metrics_are_refused():
-    with pytest.raises(UserError, match='"median", which is none of macro_f1, mean'):
+    with pytest.raises(UserError, match='"median", which is none of ece, macro_f1, mean'):
         estimate(rows("x", [1]), ["a"], "x", Metric(aggregate="median"))
     with pytest.raises(UserError, match="names 1 columns; .* takes 2"):
         estimate(rows("x", [1]), ["a"], "x", Metric(aggregate="rmse"))
