@@ -30,6 +30,7 @@ from persona.errors import UserError
 from persona.evaluation import results
 from persona.evaluation.batching import AsyncModel, LanguageModel
 from persona.evaluation.judging import Judge, ModelJudge
+from persona.evaluation.judging import Unscored as Unscored
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import Row, RowWriter, Summary
 from persona.evaluation.roles import Parrot, Roles, Speaker
@@ -81,14 +82,6 @@ class Benchmark:
     def chance(self, sample: Sample, rng: random.Random) -> str:
         """A random answer: one of the options, or another sample's truth."""
         return rng.choice(sample.options or [s.target for s in self.samples()])
-
-
-class Unscored(Exception):
-    """Raised inside an episode whose outcome cannot be read: counted as unscored with this reason, never as zero."""
-
-    def __init__(self, reason: str, raw: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.raw = reason, raw
 
 
 class Processes(Protocol):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +19,27 @@ if TYPE_CHECKING:
     from persona.evaluation.roles import Speaker
 
 
+class Unscored(Exception):
+    """Raised inside an episode whose outcome cannot be read: counted as unscored with this reason, never as zero."""
+
+    def __init__(self, reason: str, raw: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.raw = reason, raw
+
+
 @dataclass(frozen=True)
 class Rubric:
-    """A prompt file and how the reply to it is read. `parse` returns the value or raises Unreadable.
+    """A prompt file and how the reply to it is read. `parse` returns the value or raises Unreadable, and nothing else.
 
-    `answers` are all values that `parse` can return, or the two ends of a scale of numbers.
+    `answers` are all values that `parse` can return, or the two ends of a scale of numbers. `example` writes a reply
+    that gives an answer, as text with the place {answer} or a function of the answer; `parse` has to read it back.
     """
 
     prompt: Prompt
     parse: Callable[[str], float | str]
     answers: tuple[float | str, ...]
     max_new_tokens: int = 512
+    example: str | Callable[[float | str], str] = "{answer}"
 
     @staticmethod
     def load(
@@ -34,25 +47,43 @@ class Rubric:
         parse: Callable[[str], float | str],
         answers: Sequence[float | str],
         max_new_tokens: int = 512,
+        example: str | Callable[[float | str], str] = "{answer}",
     ) -> Rubric:
         """Raises UserError for a file that is missing, empty or no template."""
-        return Rubric(Prompt.load(path), parse, tuple(answers), max_new_tokens)
+        return Rubric(Prompt.load(path), parse, tuple(answers), max_new_tokens, example)
 
     @property
     def name(self) -> str:
         return self.prompt.name
 
+    def reply(self, answer: float | str) -> str:
+        """A reply that gives `answer`."""
+        if callable(self.example):
+            return self.example(answer)
+        return self.example.replace("{answer}", f"{answer:g}" if isinstance(answer, float) else str(answer))
+
     def verdict(self, judge: str, reply: str) -> Verdict:
         """The reply read."""
+        value: float | str | None
         try:
             value, reason = self.parse(reply), ""
         except Unreadable as error:
             value, reason = None, str(error)
+        if isinstance(value, float) and not math.isfinite(value):
+            value, reason = None, f"{value} is no verdict"
         return Verdict(judge, self.name, self.prompt.hash, value, reason, reply)
+
+    def no_verdict(self, judge: str, reason: str, raw: str = "") -> Verdict:
+        """What a judge gives that has nothing to say."""
+        return Verdict(judge, self.name, self.prompt.hash, None, reason, raw)
 
 
 class Judge(Protocol):
-    """`name` is its identity in every row: the model and how it is asked."""
+    """`name` is its identity in every row: the model and how it is asked.
+
+    `ask` raises UserError where the run has to end; a question that it fails on is a verdict without a value, so that
+    what other judges said on it is kept.
+    """
 
     name: str
 
@@ -64,12 +95,20 @@ class ModelJudge:
 
     def __init__(self, speaker: Speaker, temperature: float = 0.0) -> None:
         self.speaker, self.temperature = speaker, temperature
-        self.name = speaker.name
+        self.name = f"{speaker.name}, temperature {temperature:g}" if temperature else speaker.name
 
     async def ask(self, rubric: Rubric, **slots: object) -> Verdict:
+        """Its verdict; one without a value when the speaker raises Unscored (an endpoint that gave no reply)."""
         sampling = Sampling(rubric.max_new_tokens, temperature=self.temperature)
-        reply = await self.speaker.respond(Request(rubric.prompt.messages(**slots), sampling=sampling))
-        return rubric.verdict(self.name, reply.text)
+        try:
+            reply = await self.speaker.respond(Request(rubric.prompt.messages(**slots), sampling=sampling))
+        except Unscored as error:
+            return rubric.no_verdict(self.name, error.reason, error.raw)
+        verdict = rubric.verdict(self.name, reply.text)
+        if verdict.value is None and reply.finish_reason == "length":
+            cut = f"cut off after {rubric.max_new_tokens} tokens: {verdict.reason}"
+            return rubric.no_verdict(self.name, cut, reply.text)
+        return verdict
 
 
 class ScriptedJudge:
@@ -81,6 +120,30 @@ class ScriptedJudge:
     async def ask(self, rubric: Rubric, **slots: object) -> Verdict:
         rubric.prompt.messages(**slots)  # the slots have to fit, as for any judge
         return rubric.verdict(self.name, self.reply(rubric, slots))
+
+
+def random_judge(seed: int) -> ScriptedJudge:
+    """Valid verdicts without any judgement, drawn evenly by seed, rubric file and question: what chance earns.
+
+    Of a scale given by its two ends, whole numbers are drawn; of one at most 1 long with a fraction at an end
+    (answers (0.0, 1.0)), tenths of it.
+    """
+
+    def reply(rubric: Rubric, slots: Mapping[str, object]) -> str:
+        question = json.dumps(slots, sort_keys=True, ensure_ascii=False, default=repr)
+        rng = random.Random(f"{seed}-{rubric.prompt.hash}-{question}")
+        return rubric.reply(rng.choice(_steps(rubric.answers)))
+
+    return ScriptedJudge(f"random, seed {seed}", reply)
+
+
+def _steps(answers: Sequence[float | str]) -> Sequence[float | str]:
+    if len(answers) != 2 or any(isinstance(answer, str | bool) for answer in answers):
+        return answers
+    low, high = (float(answer) for answer in answers)
+    if high - low <= 1 and any(isinstance(answer, float) for answer in answers):
+        return [round(low + (high - low) * tenth / 10, 10) for tenth in range(11)]
+    return list(range(math.ceil(low), math.floor(high) + 1))
 
 
 def require(verdicts: Sequence[Verdict]) -> list[float | str]:
