@@ -1,6 +1,7 @@
 """Small SVG charts. Horizontal positions are percentages, so a chart fills any width while its text keeps its size.
 
-Colours are CSS classes (c0 … c6, and base for the baseline), so the page's light and dark themes both apply.
+Colours are CSS classes (c0 … c6, base for the baseline, trivial for answers that read nothing), so the page's light
+and dark themes both apply.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ class Look:
     shape: str
 
 
-def looks(names: Sequence[str], baseline: str | None = None) -> dict[str, Look]:
-    """Colours in order, and another mark after each round of colours; the baseline is grey."""
-    others = [name for name in names if name != baseline]
+def looks(names: Sequence[str], baseline: str | None = None, trivial: Sequence[str] = ()) -> dict[str, Look]:
+    """Colours in order, and another mark after each round of colours; the baseline is grey, `trivial` ones hollow."""
+    others = [name for name in names if name != baseline and name not in trivial]
     result = {name: Look(f"c{i % COLOURS}", SHAPES[i // COLOURS % len(SHAPES)]) for i, name in enumerate(others)}
+    result |= {name: Look("trivial", SHAPES[1 + i % 3]) for i, name in enumerate(trivial)}
     if baseline is not None:
         result[baseline] = Look("base", "circle")
     return result

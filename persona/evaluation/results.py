@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from persona.errors import UserError
-from persona.evaluation.statistics import RESAMPLES, Difference, Estimate, Metric, difference, estimate, holm
+from persona.evaluation.statistics import RESAMPLES, Estimate, Metric, estimate
 from persona.files import atomic_write
 from persona.types import Message, Sample, Score, Verdict
 
@@ -90,8 +90,9 @@ _ROW_KEYS = {entry.name for entry in fields(Row)}
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """summary.json. `metrics[name]` is how a number is formed, `estimates[name]` the number itself.
+    """summary.json (summary.schema.json). `metrics[name]` is how a number is formed, `estimates[name]` the number.
 
+    `primary` is the metric that stands for the benchmark in an overview.
     `settings` is what the fingerprint covers (benchmark, data, base model, personalizers, sampling, seed);
     `environment` is what may differ without making results incomparable (versions, machine, duration in seconds).
     """
@@ -99,6 +100,7 @@ class Summary:
     benchmark: str
     benchmark_version: str
     stack: str
+    primary: str
     n: int
     n_unscored: int
     unscored_reasons: dict[str, int]
@@ -146,22 +148,6 @@ class Run:
     summary: Summary
     rows: list[Row]
     plots: Plots
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """One stack against the baseline on one metric. `p_holm` is corrected over all comparisons made together.
-
-    `better` is True or False when p_holm < 0.05, and None when the data do not tell.
-    """
-
-    benchmark: str
-    metric: str
-    stack: str
-    baseline: str
-    difference: Difference
-    p_holm: float
-    better: bool | None
 
 
 def _read_json(path: Path) -> Any:
@@ -250,9 +236,17 @@ def summarize(
     settings: Mapping[str, Any],
     fingerprint: str,
     environment: Mapping[str, Any],
+    primary: str = "",
     resamples: int = RESAMPLES,
 ) -> Summary:
-    """Counts and estimates over finished rows; unscored rows are counted, and kept out of every metric."""
+    """Counts and estimates over finished rows; unscored rows are counted, and kept out of every metric.
+
+    `primary` is by default the first metric. Raises UserError when it is none of `metrics`.
+    """
+    primary = primary or next(iter(metrics), "")
+    if primary not in metrics:
+        known = ", ".join(metrics) or "none"
+        raise UserError(f'Benchmark "{benchmark}" has "{primary}" as its primary metric; its metrics are {known}.')
     scored = [row for row in rows if row.values]
     values, clusters = [row.values for row in scored], [row.cluster for row in scored]
     estimates = {key: estimate(values, clusters, key, metric, resamples=resamples) for key, metric in metrics.items()}
@@ -260,6 +254,7 @@ def summarize(
         benchmark=benchmark,
         benchmark_version=benchmark_version,
         stack=stack,
+        primary=primary,
         n=len(rows),
         n_unscored=len(rows) - len(scored),
         unscored_reasons=dict(Counter(row.reason for row in rows if not row.values).most_common()),
@@ -342,50 +337,3 @@ def find_runs(places: Sequence[Path | str]) -> list[Run]:
             if folder.resolve() not in runs:
                 runs[folder.resolve()] = load_run(folder)
     return list(runs.values())
-
-
-def compare(runs: Sequence[Run], baseline: str, *, resamples: int = RESAMPLES) -> list[Comparison]:
-    """Every run against the run of stack `baseline` on the same benchmark, over the samples both have scored.
-
-    Raises UserError when no run has that stack, or when runs of one benchmark differ in its version or its data.
-    """
-    if all(run.summary.stack != baseline for run in runs):
-        known = ", ".join(sorted({run.summary.stack for run in runs}))
-        raise UserError(f'No run has the stack "{baseline}"; the stacks given are {known}.')
-    pairs = []
-    for run in runs:
-        if run.summary.stack == baseline:
-            continue
-        for other in runs:
-            if other.summary.stack == baseline and other.summary.benchmark == run.summary.benchmark:
-                for name, metric in run.summary.metrics.items():
-                    found = difference_of(run, other, name, metric, resamples=resamples)
-                    if found is not None:
-                        pairs.append((run, name, metric, found))
-                break
-    corrected = holm([found.p for *_, found in pairs])
-    result = []
-    for (run, name, metric, found), p_holm in zip(pairs, corrected, strict=True):
-        better = None if p_holm >= 0.05 else (found.value > 0) == metric.higher_is_better
-        result.append(Comparison(run.summary.benchmark, name, run.summary.stack, baseline, found, p_holm, better))
-    return result
-
-
-def difference_of(run: Run, other: Run, name: str, metric: Metric, *, resamples: int = RESAMPLES) -> Difference | None:
-    """Paired difference run minus other on one metric; None where they share no scored sample. Raises as `compare`."""
-    for key in ("benchmark_version", "data"):
-        mine, theirs = run.summary.settings[key], other.summary.settings[key]
-        if mine != theirs:
-            raise UserError(
-                f"{run.folder} and {other.folder} differ in {key} ({mine} and {theirs}), so they cannot be compared."
-            )
-    before = {row.id: row for row in other.rows if row.values}
-    shared = [row for row in run.rows if row.values and row.id in before]
-    return difference(
-        [row.values for row in shared],
-        [before[row.id].values for row in shared],
-        [row.cluster for row in shared],
-        name,
-        metric,
-        resamples=resamples,
-    )

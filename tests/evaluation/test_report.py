@@ -8,8 +8,9 @@ from evaluation_toys import Ratings, ToyModel, Voices, toy_results
 from persona.errors import UserError
 from persona.evaluation.charts import scale
 from persona.evaluation.episodes import run_benchmark
-from persona.evaluation.report import history_bins, write_report
+from persona.evaluation.report import write_report
 from persona.evaluation.results import Plots, Point, load_run, write_plots
+from persona.evaluation.sections import history_bins
 
 TWO = {"untouched": 0.3, "Persona-Plug": 0.6}
 EMPTY = {"meta", "link", "input", "br", "hr", "img"}

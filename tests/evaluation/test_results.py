@@ -1,19 +1,17 @@
-import io
 import json
 import math
 from dataclasses import replace
 
 import pytest
 from evaluation_toys import Ratings, ToyModel, toy_plots, toy_results
-from rich.console import Console
 
 from persona.errors import UserError
+from persona.evaluation.comparison import compare
 from persona.evaluation.episodes import run_benchmark
 from persona.evaluation.results import (
     FORMAT_VERSION,
     Estimate,
     Plots,
-    compare,
     find_runs,
     load_run,
     read_plots,
@@ -21,7 +19,6 @@ from persona.evaluation.results import (
     write_plots,
     write_summary,
 )
-from persona.evaluation.table import print_table
 
 TWO = {"untouched": 0.3, "Persona-Plug": 0.6}
 
@@ -95,13 +92,3 @@ def test_runs_that_do_not_belong_together_are_refused(folder, tmp_path):
         compare(find_runs([folder, other]), "untouched")
     with pytest.raises(UserError, match='No run has the stack "none"; the stacks given are Persona-Plug, untouched'):
         compare(find_runs([folder]), "none")
-
-
-def test_terminal_table(folder):
-    console = Console(file=io.StringIO(), width=160)
-    print_table([folder / name for name in TWO], console=console)
-    text = console.file.getvalue()
-    estimate = read_summary(folder / "untouched" / "evaluation" / "ratings").estimates["accuracy"]
-    assert f"[{estimate.low:.3f}, {estimate.high:.3f}]" in text
-    assert "accuracy ↑" in text and "rmse ↓" in text and "▲" in text and "\\" not in text
-    assert text.index("untouched") < text.index("Persona-Plug")
