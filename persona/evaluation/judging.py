@@ -87,7 +87,7 @@ class Judge(Protocol):
 
     name: str
 
-    async def ask(self, rubric: Rubric, **slots: object) -> Verdict: ...
+    async def ask(self, rubric: Rubric, /, **slots: object) -> Verdict: ...
 
 
 class ModelJudge:
@@ -97,7 +97,7 @@ class ModelJudge:
         self.speaker, self.temperature = speaker, temperature
         self.name = f"{speaker.name}, temperature {temperature:g}" if temperature else speaker.name
 
-    async def ask(self, rubric: Rubric, **slots: object) -> Verdict:
+    async def ask(self, rubric: Rubric, /, **slots: object) -> Verdict:
         """Its verdict; one without a value when the speaker raises Unscored (an endpoint that gave no reply)."""
         sampling = Sampling(rubric.max_new_tokens, temperature=self.temperature)
         try:
@@ -117,7 +117,7 @@ class ScriptedJudge:
     def __init__(self, name: str, reply: Callable[[Rubric, Mapping[str, object]], str]) -> None:
         self.name, self.reply = name, reply
 
-    async def ask(self, rubric: Rubric, **slots: object) -> Verdict:
+    async def ask(self, rubric: Rubric, /, **slots: object) -> Verdict:
         rubric.prompt.messages(**slots)  # the slots have to fit, as for any judge
         return rubric.verdict(self.name, self.reply(rubric, slots))
 

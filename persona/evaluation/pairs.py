@@ -50,6 +50,7 @@ async def compare(
     rubric: Rubric,
     first: object,
     second: object,
+    /,
     *,
     places: tuple[str, str] = ("response_a", "response_b"),
     wins: tuple[float | str, float | str] = ("A", "B"),
