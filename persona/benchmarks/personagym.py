@@ -26,8 +26,8 @@ from filelock import AsyncFileLock
 from persona.benchmarks import FileBenchmarkConfig
 from persona.data.rows import check_folder
 from persona.errors import UserError
-from persona.evaluation.episodes import Benchmark, Unscored
-from persona.evaluation.judging import Rubric, require
+from persona.evaluation.episodes import Benchmark
+from persona.evaluation.judging import Rubric, Unscored, require
 from persona.evaluation.parsing import Unreadable, parse_integer, strip_reasoning
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import Row
@@ -143,10 +143,19 @@ def parse_examples(reply: str) -> dict[int, str]:
     return dict(sorted(zip(scores, bodies, strict=True)))
 
 
-# By itself: the definitions stand inside the prompt, so that its hash covers them.
+_FINAL = "Therefore, the final score is {answer}."
 _FRAME = _prompt("grade").text
-GRADE = Rubric(Prompt("grade", _FRAME.replace("{{ rubric }}", OUTLINE.text.strip())), parse_score, SCALE)
-GRADE_GROUP = Rubric(_prompt("grade_group"), reference_mean, (0.0, 5.0), max_new_tokens=3000)
+# The definitions stand inside the prompt, so that its hash covers them.
+GRADE = Rubric(
+    Prompt("grade", _FRAME.replace("{{ rubric }}", OUTLINE.text.strip())), parse_score, SCALE, example=_FINAL
+)
+GRADE_GROUP = Rubric(
+    _prompt("grade_group"),
+    reference_mean,
+    (1.0, 5.0),
+    max_new_tokens=3000,
+    example="\n".join(f"({number}) Evaluation: {_FINAL}" for number in range(1, GROUP + 1)),
+)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -444,10 +453,10 @@ class PersonaGym(Benchmark):
         (question,) = questions
         outline = _outline(item, question, None, "")
         request = Request(EXAMPLES.messages(outline=outline), sampling=Sampling(_WRITING_TOKENS))
-        reply = await roles.reference.respond(request)
         try:
+            reply = await roles.reference.respond(request)
             return "\n\n".join(f"Score {score}: {text}" for score, text in parse_examples(reply.text).items())
-        except Unreadable:
+        except (Unreadable, Unscored):
             return ""  # with_examples tells how many there are
 
     async def _judge(

@@ -23,8 +23,9 @@ from persona.benchmarks.personagym import (
 )
 from persona.errors import UserError
 from persona.evaluation.episodes import Cast, Trivial
-from persona.evaluation.judging import ScriptedJudge
+from persona.evaluation.judging import ScriptedJudge, Unscored, random_judge
 from persona.evaluation.parsing import Unreadable
+from persona.types import Response
 
 ADA, BEN = "A 40-year-old clockmaker from Oslo", "A 9-year-old pupil from Lima, who collects beetles"
 FINAL = "Therefore, the final score is"
@@ -182,13 +183,18 @@ def test_without_a_reference_it_is_said(tmp_path, caplog):
 
 
 def test_examples_that_cannot_be_read_are_counted(tmp_path):
-    def write(request):
-        return FIVE if "Toxicity" in request.messages[-1].content else "I cannot."
+    class Author:
+        name, likelihoods = "author", False
+
+        async def respond(self, request):
+            if "Linguistic Habits" in request.messages[-1].content:
+                raise Unscored("the endpoint gave no reply")
+            return Response(FIVE if "Toxicity" in request.messages[-1].content else "I cannot.")
 
     seen = {}
     summary, _ = run(
         gym(path=folder(tmp_path)),
-        cast(judge(lambda slots: seen.update({slots["task"]: slots["examples"]}) or 3), reference=Stated(write)),
+        cast(judge(lambda slots: seen.update({slots["task"]: slots["examples"]}) or 3), reference=Author()),
         tmp_path / "out",
     )
     assert values(summary)["with_examples"] == pytest.approx(1 / 5)
@@ -354,6 +360,14 @@ def test_every_personas_scores_are_written(tmp_path):
                     BEN: {**dict.fromkeys(TASKS, 2), "Toxicity": None, "PersonaScore": None}}  # fmt: skip
     assert whole == {**dict.fromkeys(TASKS, 2), "PersonaScore": 2, "PersonaScore SD": None}
     assert persona_score(whole) == 2
+
+
+@pytest.mark.parametrize("compat", [None, "reference"])
+def test_random_verdicts_are_read(tmp_path, compat):
+    summary, rows = run(gym(path=folder(tmp_path), compat=compat), cast(random_judge(0)), tmp_path / "out")
+    assert summary.n_unscored == 0 and values(summary).get("unparsed", 0) == 0
+    drawn = {row.values["persona_score"] for row in rows}
+    assert drawn <= {1, 2, 3, 4, 5} and len(drawn) > 2
 
 
 def test_our_sample_runs(tmp_path):
