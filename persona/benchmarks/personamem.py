@@ -183,6 +183,7 @@ def parse_options(text: str, where: str) -> tuple[str, ...]:
         parts = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         parts = re.split(r"(?=\([a-d]\) )", text)[1:]
+    parts = parts if isinstance(parts, list) else []
     found = [re.fullmatch(r"\s*\(([a-d])\)\s*(.*\S)\s*", str(part), flags=re.S) for part in parts]
     options = {match[1]: match[2] for match in found if match}
     if len(found) != len(LETTERS) or sorted(options) != list(LETTERS):
@@ -348,9 +349,8 @@ class Contexts:
         except orjson.JSONDecodeError as error:
             raise UserError(f"{where} holds broken JSON, column {error.colno}: {error.msg}") from error
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise UserError(
-                f"{where} should be {{context id: [{{role, content}}, ...]}}, but is {line[:60].decode(errors='replace')!r}"
-            ) from None
+            found = line[:60].decode(errors="replace")
+            raise UserError(f"{where} should be {{context id: [{{role, content}}, ...]}}, but is {found!r}") from None
         for number, message in enumerate(read):
             if message.role not in _ROLES or not isinstance(message.content, str):
                 raise UserError(
@@ -425,7 +425,7 @@ def merged(messages: Conversation) -> Conversation:
             result[-1] = Message(message.role, f"{result[-1].content}\n{content}")
         else:
             result.append(Message(message.role, content))
-    return tuple(result)
+    return (*result, *(Message("user", text) for text in waiting))
 
 
 # ---- scores of stated answers --------------------------------------------------------------------------------------
@@ -434,13 +434,14 @@ def merged(messages: Conversation) -> Conversation:
 def score(
     predictions: Mapping[str, str], questions: Sequence[Question], compat: str | None = None
 ) -> dict[str, float | dict[str, dict[str, float]]]:
-    """Scores of `{question id: letter or whole reply}`: `accuracy` over all questions, `invalid` (share of replies
-    that cannot be read), `missing` (share of questions without a prediction), and `type`, `label`, `topic`,
-    `distance`: for each value its `n` and its `accuracy`.
+    """Scores of `{question id: letter or whole reply}`: `accuracy` over all questions, `macro_accuracy` (the mean over
+    types), `invalid` (share of replies that cannot be read), `missing` (share of questions without a prediction), and
+    `type`, `label`, `topic`, `distance`: for each value its `n` and its `accuracy`.
 
-    Unreadable and missing answers are wrong. compat="reference" reads replies as `grade` says and leaves questions
-    without a prediction out, as the published loop does with calls that failed. Raises UserError for ids that no
-    question has, and when nothing is left to score.
+    Unreadable and missing answers are wrong. compat="reference" reads replies as `grade` says, leaves questions
+    without a prediction out, as the published loop does with calls that failed, and takes the mean over labels as
+    they stand in the file, by which published figures were made. Raises UserError for ids that no question has, and
+    when nothing is left to score.
     """
     known = {question.id for question in questions}
     if spare := [id for id in predictions if id not in known]:
@@ -468,7 +469,13 @@ def score(
             if value is not None:
                 rows.setdefault(value, []).append(grades[question.id][0])
         result[name] = {value: {"n": len(hits), "accuracy": share(hits)} for value, hits in sorted(rows.items())}
-    return result
+    kinds = [part["accuracy"] for part in result[_kind(compat)].values()]
+    return result | {"macro_accuracy": sum(kinds) / len(kinds)}
+
+
+def _kind(compat: str | None) -> str:
+    """The group that macro_accuracy is a mean over."""
+    return "label" if compat == "reference" else "type"
 
 
 def _groups(question: Question) -> dict[str, str]:
@@ -512,14 +519,21 @@ class PersonaMem(Benchmark):
             if value not in known:
                 raise UserError(f"benchmark.{key}={value} is unknown; it should be one of {', '.join(known)}")
         self.config = config
-        self.metrics = {"accuracy": Metric(description="share of questions whose best reply was picked")}
+        self.metrics = {
+            "accuracy": Metric(description="share of questions whose best reply was picked"),
+            "macro_accuracy": Metric(
+                aggregate="ratio",
+                columns=("weighted_accuracy", "weight"),
+                description="mean over question types of their accuracy (a question: 1 / questions of its type)",
+            ),
+        }
         if config.mode == "discriminative":
             self.metrics["invalid"] = Metric(
                 higher_is_better=False, description="share of replies that give no letter, or several; they are wrong"
             )
         place = str(_SAMPLE) if config.path is None else config.path
-        if Path(place).suffix == ".json":
-            raise UserError(f"{place} holds no options and contexts: personamem.score can use it, a run cannot")
+        if Path(place).is_file():
+            raise UserError(f"benchmark.path={place} is a file; it should be the folder of questions and contexts")
         path = official_file(place, f"questions_{config.size}.csv")
         questions = read_questions(path)[: config.limit]
         self.contexts = Contexts(
@@ -535,6 +549,7 @@ class PersonaMem(Benchmark):
         first = {context: place for place, context in reversed(list(enumerate(q.context for q in questions)))}
         questions.sort(key=lambda question: (first[question.context], question.end))
         self._questions = {question.id: question for question in questions}
+        self._counts = Counter(_groups(question)[_kind(config.compat)] for question in questions)
         self._personas: dict[tuple[str, str, int], Persona] = {}
         self._samples = [self._sample(question) for question in questions]
 
@@ -581,12 +596,14 @@ class PersonaMem(Benchmark):
 
     async def episode(self, sample: Sample, roles: Roles) -> Score:
         gold = self._questions[sample.id].gold
+        weight = 1 / self._counts[self.groups(sample)[_kind(self.config.compat)]]
         sampling = Sampling(self.config.max_new_tokens)
         request = Request(self.conversation(sample), sample.persona, sampling, task=TASK.name)
         if self.config.mode == "discriminative":
             reply = (await roles.model.respond(request)).text
             right, invalid = grade(reply, gold, self.config.compat)
-            return Score({"accuracy": float(right), "invalid": float(invalid)}, raw=reply)
+            values = {"accuracy": float(right), "invalid": float(invalid)}
+            return Score(values | {"weighted_accuracy": right * weight, "weight": weight}, raw=reply)
         options = sample.options or ()
         if roles.model.likelihoods:
             asked = (roles.model.loglikelihood(request, option) for option in options)
@@ -594,7 +611,9 @@ class PersonaMem(Benchmark):
         else:  # a constant or random answer can still choose; an endpoint says why it cannot
             chosen = await roles.model.choose(replace(request, options=options))
             place = likeliest([(value, 1) for value in chosen])
-        return Score({"accuracy": float(LETTERS[place] == gold)}, raw=options[place])
+        right = LETTERS[place] == gold
+        values = {"accuracy": float(right), "weighted_accuracy": right * weight, "weight": weight}
+        return Score(values, raw=options[place])
 
 
 def build(config: PersonaMemConfig) -> PersonaMem:
