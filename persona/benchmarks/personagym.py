@@ -17,6 +17,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -389,8 +390,7 @@ class PersonaGym(Benchmark):
     def _sample(self, name: str, item: _Item) -> Sample:
         # Not the text of questions that are still to be written: samples are the same before and after.
         unwritten = [f"(question {place + 1} of {item.task} in {self.folder})" for place in item.places]
-        system, *_ = _asked(item.persona, "-")
-        messages = (system, *(Message("user", question) for question in item.questions or unwritten))
+        messages = (_system(item.persona), *(Message("user", text) for text in item.questions or unwritten))
         return Sample(name, messages, persona=_person(item.persona), task=item.task)
 
     def groups(self, sample: Sample) -> Mapping[str, str]:
@@ -438,7 +438,8 @@ class PersonaGym(Benchmark):
         for place, question in zip(item.places, questions, strict=True):
             seed = draw(config.seed, item.persona, item.task, place, number)
             sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, seed=seed)
-            requests.append(Request(_asked(item.persona, question), sample.persona, sampling, task=item.task))
+            messages = (_system(item.persona), Message("user", question))
+            requests.append(Request(messages, sample.persona, sampling, task=item.task))
         return [reply.text for reply in await asyncio.gather(*map(roles.model.respond, requests))]
 
     async def _examples(self, item: _Item, questions: Sequence[str], roles: Roles) -> str:
@@ -545,8 +546,9 @@ def _person(text: str) -> Persona:
     return Persona(text, text)
 
 
-def _asked(persona: str, question: str) -> Conversation:
-    return ANSWER.messages(persona=persona, question=question)
+@cache
+def _system(persona: str) -> Message:
+    return ANSWER.messages(persona=persona)[0]
 
 
 def _outline(item: _Item, question: str, response: str | None, examples: str) -> str:
@@ -556,10 +558,9 @@ def _outline(item: _Item, question: str, response: str | None, examples: str) ->
 
 def _transcript(persona: str, questions: Sequence[str], told: Sequence[Sequence[str]]) -> Conversation:
     """Every question with its reply, one after the other (each was a conversation of its own), for each seed."""
-    system = _asked(persona, "-")[0]
     pairs = [pair for replies in told for pair in zip(questions, replies, strict=True)]
     turns = [(Message("user", question), Message("assistant", reply)) for question, reply in pairs]
-    return (system, *(message for turn in turns for message in turn))
+    return (_system(persona), *(message for turn in turns for message in turn))
 
 
 def _numbers(verdicts: Sequence[Verdict]) -> list[float]:

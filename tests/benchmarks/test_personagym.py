@@ -206,7 +206,7 @@ def test_examples_that_cannot_be_read_are_counted(tmp_path):
 
 @pytest.mark.parametrize(
     ("prompt", "slots"),
-    [(personagym.ANSWER, {"persona", "question"}),
+    [(personagym.ANSWER, {"persona"}),
      (personagym.OUTLINE, {"task", "persona", "question", "response", "examples"}),
      (personagym.GRADE.prompt, {"task", "persona", "question", "response", "examples"}),
      (personagym.GRADE_GROUP.prompt, {"rubrics", "number"}),
