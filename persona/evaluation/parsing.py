@@ -53,7 +53,8 @@ def strip_markdown(text: str) -> str:
     """`text` without fences (what they hold stays), emphasis, code marks, headings, quotes, bullets, and bold tags."""
     text = re.sub(r"^[ \t]*(?:```|~~~)[^\n`]*$", "", text, flags=re.M)
     text = re.sub(r"^[ \t]*(?:(?:>|#{1,6}(?=\s)|[-*+•](?=\s))[ \t]*)+", "", text, flags=re.M)
-    text = re.sub(r"<(b|i|strong|em|code|u|mark)>(.*?)</\1>", r"\2", text, flags=re.S)
+    for _ in range(3):  # one in another
+        text = re.sub(r"<(b|i|strong|em|code|u|mark)>((?:(?!<\1>).)*?)</\1>", r"\2", text, flags=re.S)
     text = text.replace("**", "").replace("__", "").replace("`", "").replace("~~", "")
     text = re.sub(r"(?<![\w*])\*(?=\S)([^*\n]+?)(?<=\S)\*(?![\w*])", r"\1", text)
     text = re.sub(r"(?<![\w_])_(?=\S)([^_\n]+?)(?<=\S)_(?![\w_])", r"\1", text)
@@ -123,12 +124,12 @@ _NUMBER_WORDS = {word: value for value, words in enumerate((
 _LATIN = "|".join(word for word in _NUMBER_WORDS if word.isascii())
 _CHINESE = "".join(word for word in _NUMBER_WORDS if not word.isascii())
 _BARE = r"[-+]?[0-9]+(?:[.,][0-9]+)*"
-_BEFORE = r"(?<![0-9A-Za-z_½¼¾])(?<![0-9A-Za-z_][-.,/])"
+_BEFORE = r"(?<![0-9A-Za-z_½¼¾])(?<![0-9A-Za-z_][-+.,/])"
 _AFTER = r"(?![0-9A-Za-z_½¼¾²³])"
 _NUMBER = re.compile(
     rf"{_BEFORE}(?:(?P<number>{_BARE}){_AFTER}|(?P<word>\b(?:{_LATIN})\b|[{_CHINESE}](?=\s*分|\s*[.!]?\s*$)))"
     rf"(?:\s*(?:/|(?:\b(?:points?|stars?)\s+)?\bout\s+of\b|\bof\b)\s*(?P<scale>[0-9]+(?:\.[0-9]+)?){_AFTER})?"
-    rf"(?P<more>\s*(?:[-–—~,/&]|\b(?:to|or|and)\b|[至到或])\s*(?:[0-9]+))?",
+    rf"(?P<more>\s*(?:[-–—~,/&+*=]|\b(?:to|or|and)\b|[至到或])\s*[0-9]+)?",
     flags=re.I,
 )
 _UNIT = r"(?:\s*(?:%|分|星|points?|stars?))?"
@@ -136,7 +137,7 @@ _UNIT = r"(?:\s*(?:%|分|星|points?|stars?))?"
 
 def _value(match: re.Match[str], low: float, high: float, whole: bool) -> float:
     """The number of a match, if it is one on the scale. Raises Unreadable."""
-    shown = match.group().strip()
+    shown = match.group().strip()[:40]
     if match["more"]:
         raise Unreadable(f"{shown!r} is more than one number")
     if match["word"]:
@@ -144,13 +145,13 @@ def _value(match: re.Match[str], low: float, high: float, whole: bool) -> float:
     elif re.fullmatch(r"[-+]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?", match["number"]):
         value = float(match["number"].replace(",", ""))
     else:
-        raise Unreadable(f"{match['number']!r} can be read in more than one way")
+        raise Unreadable(f"{match['number'][:40]!r} can be read in more than one way")
     if match["scale"] and float(match["scale"]) != high:
         raise Unreadable(f"{shown!r} is on another scale than {low:g} to {high:g}")
-    if whole and value != int(value):
-        raise Unreadable(f"{value:g} is no whole number")
     if not low <= value <= high:
         raise Unreadable(f"{value:g} is not on the scale from {low:g} to {high:g}")
+    if whole and value != int(value):
+        raise Unreadable(f"{value:g} is no whole number")
     return value
 
 
@@ -164,7 +165,7 @@ def _read_number(text: str, low: float, high: float, after: str | None, whole: b
     text = _clean(text)
 
     def behind(marker: str) -> list[re.Match[str]]:
-        starts = [found.end() for found in _announcements(text, marker, f"(?:{_GAP})*+")]
+        starts = [found.end() for found in _announcements(text, marker, _GAP + "{0,40}+")]
         return [match for match in (_NUMBER.match(text, start) for start in starts) if match]
 
     def read(matches: Sequence[re.Match[str]]) -> float:
@@ -232,7 +233,7 @@ class _Choices(Generic[Answer]):
             raise ValueError(f"choices have to be there, and to differ in more than case: {list(spellings)}")
         longest_first = sorted(self.answers, key=len, reverse=True)
         one = "|".join(r"\s+".join(map(re.escape, key.split())) for key in longest_first)
-        self.one = rf"(?<![A-Za-z0-9_])(?<![0-9][.,])(?P<one>{one})(?![A-Za-z0-9_]|'\w|[.,][0-9])"
+        self.one = rf"(?<![A-Za-z0-9_])(?<![0-9][.,])(?P<one>{one})(?![A-Za-z0-9_]|[-']\w|[.,][0-9])"
 
     @staticmethod
     def _key(text: str) -> str:
@@ -270,12 +271,12 @@ def _one_answer(known: _Choices[Answer], matches: Sequence[re.Match[str]]) -> An
 
 
 def _read_choice(text: str, known: _Choices[Answer], in_prose: bool) -> Answer:
-    called = rf"\W*(?:{_CALLED}\s*\W*)?"
+    called = rf"\W*+(?:{_CALLED}\W*+)?"
     alone = re.fullmatch(rf"{called}{known.one}\W*", text, flags=re.I)
     if alone:
         return known.answer(alone)
     for marker in (_FINAL, _ANNOUNCED):
-        found = _announcements(text, marker, f"(?:{_GAP}|{_CALLED})*?{known.one}")
+        found = _announcements(text, marker, rf"(?:{_GAP}|{_CALLED}){{0,40}}?{known.one}")
         announced = [match for match in found if _stands_for_itself(match)]
         if announced:
             return _one_answer(known, announced)
@@ -302,8 +303,10 @@ def _mentioned(text: str, known: _Choices[Answer]) -> Answer:
         before, behind = text[max(0, start - 60) : start], text[match.end("one") :][:60]
         name = _NAMED.search(before)
         opens = not text[:start].strip() or text[:start].rstrip(" ")[-1] in ".!?\n"
-        if _NEGATED.search(before) or _DOUBTED.search(before) or _DENIED.match(behind):
+        if _NEGATED.search(before) or _DENIED.match(behind):
             denied += 1
+        elif _DOUBTED.search(before):  # "B is not better than A" says little, and "I doubt it is B" nothing
+            possible.append(match)
         elif not _letter(match):
             named.append(match)
         elif name and _stands_for_itself(match, bool(re.search(_CALLED, name.group(), flags=re.I))):
@@ -315,7 +318,7 @@ def _mentioned(text: str, known: _Choices[Answer]) -> Answer:
         elif not opens:
             possible.append(match)
     if not named:
-        raise Unreadable("the reply only says which choices it does not make" if denied else "no choice is named")
+        raise Unreadable("only choices that are not made are named" if denied else "no choice is named")
     return _agreed([known.answer(match) for match in [*named, *possible]], "answers")
 
 
@@ -360,7 +363,21 @@ def _no_constant(name: str) -> Any:
 def _read_json(text: str, kind: type, called: str) -> Any:
     if not text.strip():
         raise Unreadable("the reply is empty")
-    text = strip_reasoning(text)
+    try:
+        found = _all_json(strip_reasoning(text))
+    except RecursionError:
+        raise Unreadable("the JSON is nested too deeply") from None
+    if not found:
+        raise Unreadable("no JSON")
+    if len(found) > 1:
+        raise Unreadable(f"{len(found)} different pieces of JSON")
+    if not isinstance(found[0], kind):
+        raise Unreadable(f"the JSON is not {called}")
+    return found[0]
+
+
+def _all_json(text: str) -> list[Any]:
+    """Every different object or list in the text, repaired where it has to be."""
     decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
     found: list[Any] = []
     start = _JSON_START.search(text)
@@ -375,13 +392,7 @@ def _read_json(text: str, kind: type, called: str) -> Any:
         if value not in found:
             found.append(value)
         start = _JSON_START.search(text, end)
-    if not found:
-        raise Unreadable("no JSON")
-    if len(found) > 1:
-        raise Unreadable(f"{len(found)} different pieces of JSON")
-    if not isinstance(found[0], kind):
-        raise Unreadable(f"the JSON is not {called}")
-    return found[0]
+    return found
 
 
 def parse_json(text: str) -> dict[str, Any]:

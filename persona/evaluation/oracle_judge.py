@@ -1,0 +1,98 @@
+"""The town's oracle as a judge: compares what a reply shows with what a persona says, in the town's language only."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from persona.evaluation.judging import Rubric
+from persona.town import lexicon as lx
+from persona.town import oracle, reading
+from persona.types import Verdict
+
+_OUTSIDE = "outside the town's language"
+_INTRODUCED = re.compile(rf"you are (?:{'|'.join(lx.NAMES)}) \.")
+_ROLE = {prompt.format(r=role): role for role in lx.ROLES for prompt in lx.ROLE_PROMPTS}
+
+
+class _Silent(Exception):
+    """Nothing can be said; the message says why."""
+
+
+class OracleJudge:
+    """Reads the slots `persona` and `response`, or `response_a` and `response_b`; others are passed over.
+
+    `persona` is town text: statements about a person ("ada talks like a sailor ."), a constitution, or a role ("you
+    are the pirate ."), with or without "you are ada ." before it. Each of its sentences is entailed by the response,
+    contradicted, or not touched (`oracle.nli`; a role is contradicted by any marker that is not its own). A response
+    fits by the share of entailed ones among those touched. On a scale of numbers that share is the way from the lowest
+    to the highest answer, rounded down to an answer there is; of ("no", "yes") or (0, 1) the high one means that
+    nothing is contradicted. Of two responses, the one that fits better wins: answers[0] is response_a, answers[1]
+    response_b, a third answer is a tie.
+
+    The verdict has no value, and says so, where a slot is missing or outside the town's language, or where a response
+    touches nothing that the persona says.
+    """
+
+    name = "oracle"
+
+    async def ask(self, rubric: Rubric, /, **slots: object) -> Verdict:
+        rubric.prompt.messages(**slots)  # the slots have to fit, as for any judge
+        try:
+            if {"response_a", "response_b"} <= set(slots):
+                first, second = (self._fit(slots, name) for name in ("response_a", "response_b"))
+                value, raw = self._better(rubric, first, second), f"response_a fits {first:g}, response_b {second:g}"
+            else:
+                fit = self._fit(slots, "response")
+                value, raw = self._grade(rubric, fit), f"the response fits {fit:g}"
+        except _Silent as silent:
+            return rubric.no_verdict(self.name, str(silent))
+        return Verdict(self.name, rubric.name, rubric.prompt.hash, value, "", raw)
+
+    def _fit(self, slots: dict[str, object], name: str) -> float:
+        """The share of what `persona` says and the response touches that the response entails."""
+        for slot in ("persona", name):
+            if slot not in slots:
+                raise _Silent(f"the oracle needs a slot {slot}")
+        persona, response = str(slots["persona"]), str(slots[name]).strip()
+        if not oracle.readable(response):
+            raise _Silent(f"the {name} is {_OUTSIDE}")
+        sentences = [sentence for sentence in re.split(r"(?<= [.?!])\s+", persona.strip()) if sentence]
+        found = [_touched(sentence, response) for sentence in sentences if not _INTRODUCED.fullmatch(sentence)]
+        if not found or None in found:
+            raise _Silent(f"the persona is {_OUTSIDE}" if found else "the persona says nothing")
+        entailed, contradicted = found.count(oracle.ENTAILED), found.count(oracle.CONTRADICTED)
+        if not entailed + contradicted:
+            raise _Silent(f"the {name} touches nothing that the persona says")
+        return entailed / (entailed + contradicted)
+
+    def _grade(self, rubric: Rubric, fit: float) -> float | str:
+        answers = rubric.answers
+        numbers = [float(answer) for answer in answers if not isinstance(answer, str)]
+        if len(numbers) != len(answers):
+            if set(answers) != {"yes", "no"}:
+                raise _Silent(f"the oracle does not know the answers {', '.join(map(str, answers))}")
+            return "yes" if fit == 1 else "no"
+        low, high = min(numbers), max(numbers)
+        if len(numbers) == 2 and high - low > 1:  # the ends of a scale
+            return low + math.floor((high - low) * fit)
+        return max(answer for answer in numbers if answer <= low + (high - low) * fit)
+
+    def _better(self, rubric: Rubric, first: float, second: float) -> float | str:
+        if len(rubric.answers) not in (2, 3):
+            raise _Silent(f"the oracle does not know the answers {', '.join(map(str, rubric.answers))}")
+        if first != second:
+            return rubric.answers[0 if first > second else 1]
+        if len(rubric.answers) == 2:
+            raise _Silent("both responses fit alike, and the rubric has no tie")
+        return rubric.answers[2]
+
+
+def _touched(sentence: str, response: str) -> str | None:
+    """What the response does to one sentence of a persona; None when the sentence cannot be read."""
+    if sentence in _ROLE:
+        shown = oracle.role(response)
+        if shown == oracle.PLAIN:
+            return oracle.CONTRADICTED if oracle.markers(response) else oracle.NEUTRAL
+        return oracle.ENTAILED if shown == _ROLE[sentence] else oracle.CONTRADICTED
+    return oracle.nli(sentence, response) if reading.statement(sentence) else None
