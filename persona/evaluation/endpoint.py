@@ -26,7 +26,6 @@ from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from weakref import WeakKeyDictionary
 
 from persona.errors import UserError
 from persona.evaluation.budget import Account, Pace, estimate_tokens
@@ -44,7 +43,7 @@ log = logging.getLogger(__name__)
 _DOWN_AFTER = 20  # calls that fail in a row, each after all its tries, before the run ends
 _LONGEST_BACKOFF = 60.0
 _LONGEST_WAIT = 600.0  # a server that wants to be left alone for longer (Retry-After) ends the run
-_LANDING = 0.1  # seconds for episodes whose replies just came to write their rows before a cap ends the run
+_LANDING = 0.1  # seconds in which episodes whose replies just came write their rows before a cap ends the run
 _REPORT_SECONDS = 30.0
 _CHECK_SECONDS = 30.0  # for the list of models, before the first sample
 _FINISH = {"stop": "eos", "length": "length"}
@@ -97,8 +96,8 @@ class _Live:
 
     client: openai.AsyncOpenAI
     slots: asyncio.Semaphore
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
     checking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    closing: asyncio.Task | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Endpoint:
         self._account = Account(config.price_in, config.price_out, config.max_cost, config.max_requests, self.name)
         self._requests = Pace(config.requests_per_minute) if config.requests_per_minute else None
         self._tokens = Pace(config.tokens_per_minute) if config.tokens_per_minute else None
-        self._live: WeakKeyDictionary[asyncio.AbstractEventLoop, _Live] = WeakKeyDictionary()
+        self._live: dict[asyncio.AbstractEventLoop, _Live] = {}
         self._resume = 0.0  # on the monotonic clock: until then the server wants no request from anyone
         self._length_name = "max_tokens"
         self._failures, self._answered, self._spoke = 0, False, -math.inf
@@ -198,12 +197,6 @@ class Endpoint:
         if names is None or self.config.model not in names:
             await self._probe(names or [])
         self._to_check = False
-
-    async def close(self) -> None:
-        """Close this event loop's connections; the next request opens new ones."""
-        live = self._live.pop(asyncio.get_running_loop(), None)
-        if live is not None:
-            await live.client.close()
 
     # ---- one question, tried until it is answered ------------------------------------------------------------------
 
@@ -279,7 +272,7 @@ class Endpoint:
                 await self._requests.take()
             if self._tokens is not None:
                 await self._tokens.take(most)
-            await self._admit(live, need)
+            await self._admit(need)
             self._account.start(need)
             used = 0
             try:
@@ -288,16 +281,12 @@ class Endpoint:
                 return reply
             finally:
                 self._account.end(need)
-                live.settled.set()
-                live.settled = asyncio.Event()
                 if self._tokens is not None:
                     self._tokens.give_back(most - (used or prompt))
 
-    async def _admit(self, live: _Live, need: float) -> None:
-        while sentence := self._account.over(need):
-            if self._account.in_flight:  # it may cost less than is kept for it, and its reply is not thrown away
-                await live.settled.wait()
-                continue
+    async def _admit(self, need: float) -> None:
+        """Wait while a cap forbids it: what is under way may cost less than is kept for it, and is not thrown away."""
+        while self._account.over(need):
             await asyncio.sleep(_LANDING)
             if not self._account.in_flight and (sentence := self._account.over(need)):
                 raise UserError(sentence)
@@ -417,8 +406,16 @@ class Endpoint:
         """This event loop's client, made at its first request."""
         loop = asyncio.get_running_loop()
         if loop not in self._live:
-            self._live[loop] = _Live(self._client(), asyncio.Semaphore(self.config.concurrency))
+            self._live[loop] = live = _Live(self._client(), asyncio.Semaphore(self.config.concurrency))
+            live.closing = loop.create_task(self._close_with(loop))
         return self._live[loop]
+
+    async def _close_with(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait for the end of the loop, when `asyncio.run` cancels what is left, and close its connections."""
+        try:
+            await loop.create_future()
+        finally:
+            await self._live.pop(loop).client.close()
 
     def _client(self) -> openai.AsyncOpenAI:
         import openai
@@ -479,10 +476,6 @@ class PersonalizedEndpoint:
     async def check(self) -> None:
         """The endpoint's."""
         await self.endpoint.check()
-
-    async def close(self) -> None:
-        """The endpoint's."""
-        await self.endpoint.close()
 
     async def respond(self, request: Request) -> Response:
         """The endpoint's reply to the request with every personalizer's messages."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,17 +42,21 @@ class ReplyCache:
     def _open(self) -> sqlite3.Connection:
         # Autocommit: every statement is a transaction. Each run of a benchmark may have a thread of its own.
         connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        connection.execute("BEGIN IMMEDIATE")  # one process makes the table, the others find it
-        found = connection.execute("PRAGMA user_version").fetchone()[0]
-        strange = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] if not found else 0
-        if found not in (0, _FORMAT) or strange:
-            raise UserError(f"{self.path} is no cache of replies of format version {_FORMAT}: name another file")
-        columns = "key TEXT PRIMARY KEY, text TEXT NOT NULL, finish_reason TEXT NOT NULL"
-        connection.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns})")
-        connection.execute(f"PRAGMA user_version={_FORMAT}")
-        connection.execute("COMMIT")
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute("BEGIN IMMEDIATE")  # one process makes the table, the others find it
+            found = connection.execute("PRAGMA user_version").fetchone()[0]
+            strange = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] if not found else 0
+            if found not in (0, _FORMAT) or strange:
+                raise UserError(f"{self.path} is no cache of replies of format version {_FORMAT}: name another file")
+            columns = "key TEXT PRIMARY KEY, text TEXT NOT NULL, finish_reason TEXT NOT NULL"
+            connection.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns})")
+            connection.execute(f"PRAGMA user_version={_FORMAT}")
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def get(self, key: str) -> Response | None:
@@ -75,7 +80,13 @@ class ReplyCache:
         self._connection.close()
 
     def _guard(self, action: Callable[[], T]) -> T:
-        try:
-            return action()
-        except sqlite3.Error as error:
-            raise UserError(f"the cache {self.path} cannot be used: {error}") from error
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                return action()
+            except sqlite3.Error as error:
+                # SQLite's own time-out does not cover the moments in which others open the file or leave it last.
+                busy = getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+                if not busy or time.monotonic() > deadline:
+                    raise UserError(f"the cache {self.path} cannot be used: {error}") from error
+            time.sleep(0.02)
