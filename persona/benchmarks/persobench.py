@@ -284,6 +284,12 @@ _NEEDS = {  # setting → metrics that need it
     "unieval_model": _UNIEVAL,
     "word_vectors": ("persona_coverage",),
 }
+_SCORERS: dict[str, Any] = {
+    "nli_model": Entailment,
+    "coherence_model": Entailment,
+    "bertscore_model": BertScore,
+    "unieval_model": UniEval,
+}
 _RANKED = ("ue_score", "persona_coverage", "unieval_groundedness", "c_score")
 
 
@@ -317,18 +323,13 @@ class PersoBench(Benchmark):
     def _load(self) -> None:
         """The models that are named, each behind a batching front, and the metrics they allow."""
         config = self.config
-        nli = Entailment(config.nli_model) if config.nli_model else None
-        if config.coherence_model and config.coherence_model == config.nli_model:
-            coherence = nli
-        else:
-            coherence = Entailment(config.coherence_model, "coherence_model") if config.coherence_model else None
-        models = {
-            "nli_model": nli,
-            "coherence_model": coherence,
-            "bertscore_model": BertScore(config.bertscore_model) if config.bertscore_model else None,
-            "unieval_model": UniEval(config.unieval_model) if config.unieval_model else None,
-        }
-        self._fronts = {key: Batcher(model, _MODEL_BATCH) for key, model in models.items() if model is not None}
+        self._fronts: dict[str, Batcher] = {}
+        for key, kind in _SCORERS.items():
+            name = getattr(config, key)
+            if key == "coherence_model" and name == config.nli_model and name is not None:
+                self._fronts[key] = self._fronts["nli_model"]
+            elif name is not None:
+                self._fronts[key] = Batcher(kind(name, key), _MODEL_BATCH)
         self._vectors = WordVectors(config.word_vectors) if config.word_vectors else None
         absent = {name for key, names in _NEEDS.items() if getattr(config, key) is None for name in names}
         absent |= set() if has_wordnet() else {"meteor"}

@@ -449,7 +449,7 @@ def test_unreadable_replies_under_models(bees, models, tmp_path, nltk_data):
 
 def test_a_model_that_plays_two_parts_is_loaded_once(models, tmp_path):
     both = benchmark(nli_model=models["nli_model"], coherence_model=models["nli_model"])
-    assert both._fronts["nli_model"]._answer is both._fronts["coherence_model"]._answer
+    assert both._fronts["nli_model"] is both._fronts["coherence_model"]
     assert both.primary == "c_score"
     with pytest.raises(UserError, match="coherence_model=.*nowhere could not be loaded"):
         benchmark(coherence_model=str(tmp_path / "nowhere"))

@@ -230,6 +230,12 @@ def test_batches_are_full_one_at_a_time_and_off_the_event_loop():
     assert ask_all(front, [5]) == [10], "and again in another event loop"
 
 
+def test_equal_items_are_computed_once():
+    batches = []
+    front = Batcher(lambda items: batches.append(items) or items, 8)
+    assert ask_all(front, ["a", "b", "a"]) == ["a", "b", "a"] and batches == [["a", "b"]]
+
+
 def test_items_that_come_late_are_answered():
     async def main():
         front = Batcher(lambda items: items, 4)
