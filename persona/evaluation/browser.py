@@ -23,13 +23,14 @@ def book(runs: Sequence[Run], browse: int, budget: int) -> dict[str, Any]:
     """The chosen samples of one benchmark, each with what every stack made of it, within `budget` bytes of JSON.
 
     Chosen are `browse` samples by a fixed draw that depends on their ids only, and of every run up to 20 unscored
-    ones. "drawn" and "unscored" say how many of each fitted, "of_unscored" how many samples some stack left unscored.
+    ones. "drawn" says how many of the drawn ones fitted, "unscored" how many in the book some stack left unscored, and
+    "of_unscored" how many there are.
     """
     by_id = [{row.id: row for row in run.rows} for run in runs]
     order = {key: place for place, key in enumerate(dict.fromkeys(row.id for run in runs for row in run.rows))}
     unscored = {row.id for run in runs for row in run.rows if not row.values}
     worst = _worst(runs)
-    drawn, added, size = 0, 0, 0
+    drawn, left, size = 0, 0, 0
     chosen: list[tuple[int, dict[str, Any]]] = []
     for key, by_draw in _choose(runs, list(order), browse):
         sample = _sample(key, runs, by_id, worst)
@@ -37,7 +38,7 @@ def book(runs: Sequence[Run], browse: int, budget: int) -> dict[str, Any]:
         if chosen and size + length > budget:
             continue
         size += length
-        drawn, added = drawn + by_draw, added + (not by_draw)
+        drawn, left = drawn + by_draw, left + (key in unscored)
         chosen.append((order[key], sample))
     chosen.sort(key=lambda entry: entry[0])
     primary = runs[0].summary.primary
@@ -45,9 +46,10 @@ def book(runs: Sequence[Run], browse: int, budget: int) -> dict[str, Any]:
         "benchmark": runs[0].summary.benchmark,
         "total": len(order),
         "drawn": drawn,
-        "unscored": added,
+        "unscored": left,
         "of_unscored": len(unscored),
-        "wrong": f"{primary} wrong" if worst is None else f"{primary} in the worst quarter",
+        "primary": primary,
+        "wrong": "wrong" if worst is None else "in the worst quarter",
         "samples": [sample for _, sample in chosen],
     }
 
@@ -73,18 +75,18 @@ def _draw(key: str) -> str:
 
 
 def row_value(row: Row, name: str, metric: Metric) -> float | None:
-    """What one row adds to a metric, higher being better or not as in the metric; None for a row without it."""
+    """What one row adds to a metric, higher being better or not as in the metric; None where it has no such thing."""
     columns = [row.values.get(column) for column in metric.reads(name)]
     numbers = [value for value in columns if value is not None]
     if len(numbers) < len(columns):
         return None
     if metric.aggregate == "macro_f1":
         return float(numbers[0] == numbers[1])
-    if metric.aggregate == "rmse":
+    if metric.aggregate in ("rmse", "ece"):
         return abs(numbers[0] - numbers[1])
     if metric.aggregate == "ratio":
         return numbers[0] / numbers[1] if numbers[1] else None
-    return numbers[0]
+    return numbers[0] if len(numbers) == 1 else None
 
 
 def _worst(runs: Sequence[Run]) -> tuple[float, float] | None:

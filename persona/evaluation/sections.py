@@ -6,11 +6,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
 from persona.evaluation import charts
+from persona.evaluation.agreement import Agreement, judge_agreement
 from persona.evaluation.comparison import Comparison, differing, is_trivial
 from persona.evaluation.results import Row, Run
 from persona.evaluation.statistics import Estimate, Metric, estimate
@@ -91,6 +92,7 @@ class BenchmarkPart:
     reasons: list[tuple[str, list[tuple[str, int]], int]]
     breakdowns: list[Breakdown]
     judges: list[JudgePart]
+    agreement: dict[str, Agreement]
     usage: list[tuple[str, str, dict[str, float]]]
     not_alike: list[tuple[str, list[tuple[str, str | None]]]]
 
@@ -128,6 +130,7 @@ def benchmark_part(
         reasons=[_reasons(run) for run in runs if run.summary.n_unscored],
         breakdowns=breakdowns(runs),
         judges=judge_parts(runs),
+        agreement=agreement(runs),
         usage=[
             (run.summary.stack, role, counted)
             for run in runs
@@ -264,13 +267,21 @@ def judge_parts(runs: Sequence[Run]) -> list[JudgePart]:
     return result
 
 
+def agreement(runs: Sequence[Run]) -> dict[str, Agreement]:
+    """By rubric that two judges or more were asked on, over the replies of all stacks but trivial answers."""
+    rivals = [run for run in runs if not is_trivial(run.summary.stack)] or runs
+    # The same sample under two stacks is two questions.
+    rows = [replace(row, id=f"{place} {row.id}") for place, run in enumerate(rivals) for row in run.rows]
+    return {rubric: one for rubric, one in judge_agreement(rows).items() if len(one.asked) > 1}
+
+
 def _typical(values: Sequence[float | str]) -> str:
     """The mean of numbers; of words, the three commonest with their shares."""
     numbers = [value for value in values if not isinstance(value, str)]
     if not values:
         return "–"
     if len(numbers) == len(values):
-        return f"mean {charts.number(sum(numbers) / len(numbers))}"
+        return charts.number(sum(numbers) / len(numbers))
     shares = Counter(map(str, values)).most_common(3)
     return ", ".join(f"{word} {100 * n / len(values):.0f} %" for word, n in shares)
 

@@ -50,7 +50,7 @@
   };
 
   const options = (sample) => {
-    const node = make("ol", undefined, "options");
+    const node = make("ul", undefined, "options");
     sample.options.forEach((text, i) => {
       const right = text === sample.target;
       const item = make("li", text, right ? "true" : "");
@@ -78,11 +78,11 @@
     return node;
   };
 
-  const answer = (reply) => {
+  const answer = (reply, book) => {
     const node = make("div", undefined, "answer");
     const head = make("div", undefined, "who");
     head.append(make("b", reply.stack), " ");
-    if (reply.outcome === "wrong") head.append(make("span", "wrong", "tag down"), " ");
+    if (reply.outcome === "wrong") head.append(make("span", book.wrong, "tag down"), " ");
     if (reply.reason) head.append(make("span", `unscored: ${reply.reason}`, "down"));
     Object.entries(reply.values).forEach(([name, value]) => head.append(make("span", `${name} ${value}`, "figure"), " "));
     node.append(head, make("div", reply.raw || "(empty reply)", reply.raw ? "said" : "said soft"));
@@ -105,9 +105,13 @@
     if (sample.n_items) entry(facts, sample.n_items === 1 ? "1 item" : `${sample.n_items} items`, more > 0 ? [...sample.items, `… and ${more} more`] : sample.items);
     entry(facts, "groups", Object.entries(sample.groups).map(([key, value]) => `${key}: ${value}`).join(", "));
     node.append(facts, talk(sample.messages));
-    if (sample.options) node.append(make("b", "options"), options(sample));
+    if (sample.options) {
+      const choice = make("div", undefined, "talk");
+      choice.append(make("b", "options"), options(sample));
+      node.append(choice);
+    }
     if (sample.target && !(sample.options || []).includes(sample.target)) node.append(talk([["target", sample.target]]));
-    sample.replies.filter((reply) => !stack.value || reply.stack === stack.value).forEach((reply) => node.append(answer(reply)));
+    sample.replies.filter((reply) => !stack.value || reply.stack === stack.value).forEach((reply) => node.append(answer(reply, book)));
     return node;
   };
 
