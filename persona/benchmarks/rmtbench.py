@@ -19,7 +19,7 @@ from persona.benchmarks import FileBenchmarkConfig
 from persona.benchmarks.personaeval import official_file
 from persona.data.rows import field, read_json
 from persona.errors import UserError
-from persona.evaluation.episodes import Benchmark, Unscored
+from persona.evaluation.episodes import Benchmark
 from persona.evaluation.judging import Rubric, require
 from persona.evaluation.parsing import parse_integer
 from persona.evaluation.prompts import Prompt
@@ -51,13 +51,14 @@ class Dimension:
 
     def points(self, value: float) -> float:
         """A verdict on 0–100: (x - 1) / 4 · 100 for 1–5, 100 x for 0 and 1."""
-        low, high = map(float, self.rubric.answers)
+        low, *_, high = map(float, self.rubric.answers)
         return 100 * (value - low) / (high - low)
 
 
 def _dimension(file: str, description: str, scale: bool = False) -> Dimension:
-    parse, answers = (_scale, (1.0, 5.0)) if scale else (_binary, (0.0, 1.0))
-    return Dimension(Rubric.load(_PROMPTS / f"{file}.md", parse, answers), description)
+    parse, answers = (_scale, (1, 2, 3, 4, 5)) if scale else (_binary, (0, 1))
+    rubric = Rubric.load(_PROMPTS / f"{file}.md", parse, answers, example="Final score: {answer}")
+    return Dimension(rubric, description)
 
 
 DIMENSIONS = {
@@ -333,10 +334,7 @@ class RMTBench(Benchmark):
             "reply": said[place + 1].content,
             **asked.slots,
         }
-        try:
-            return await roles.judge(rubric, **slots)
-        except Unscored as error:  # a judge that did not answer costs this question, not the dialogue
-            return [Verdict("", rubric.name, rubric.prompt.hash, None, error.reason, error.raw)]
+        return await roles.judge(rubric, **slots)
 
     def _values(self, sample: Sample, read: Sequence[tuple[_Asked, float]], questions: int) -> dict[str, float]:
         values: dict[str, float] = {"questions": float(questions), "unread": float(questions - len(read))}

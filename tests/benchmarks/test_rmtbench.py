@@ -10,9 +10,9 @@ from persona.benchmarks import rmtbench
 from persona.benchmarks.rmtbench import DIMENSIONS, SCENARIOS, SYSTEM, RMTBenchConfig, build, read_characters, rounds
 from persona.errors import UserError
 from persona.evaluation.episodes import Cast, Trivial, Unscored
-from persona.evaluation.judging import ScriptedJudge
+from persona.evaluation.judging import ScriptedJudge, random_judge
 from persona.evaluation.parsing import Unreadable
-from persona.types import Message
+from persona.types import Message, Response
 
 COMMON = {"card", "dialogue", "message", "reply"}
 
@@ -304,17 +304,31 @@ def test_unread_verdicts_are_missing_and_counted_not_zero(tmp_path):
     )
 
 
+class Faulty:
+    """An endpoint that gives no reply where the user says "b"."""
+
+    name, likelihoods = "faulty", False
+
+    async def respond(self, request):
+        if "<user_message>\nb\n" in request.messages[0].content:
+            raise Unscored("the endpoint did not answer", "half a rep")
+        return Response("Final score: 0")
+
+
 def test_a_judge_that_does_not_answer_costs_its_question_only(tmp_path):
     benchmark = bench(tmp_path, record(character_maintenance=[["a", "b"]]))
-
-    def answer(rubric, slots):
-        if slots["message"] == "b":
-            raise Unscored("the endpoint did not answer", "half a rep")
-        return 0
-
-    summary, (row,) = run(benchmark, Cast(ECHO, [judge(answer)]), tmp_path / "out")
+    summary, (row,) = run(benchmark, Cast(ECHO, [Faulty()]), tmp_path / "out")
     assert values(summary)["CM"] == 0 and values(summary)["unjudged"] == 0.5
     assert (row.verdicts[1].value, row.verdicts[1].reason) == (None, "the endpoint did not answer")
+
+
+def test_random_verdicts_can_be_read_and_earn_half(tmp_path):
+    for dimension in DIMENSIONS.values():
+        rubric = dimension.rubric
+        assert [rubric.parse(rubric.reply(answer)) for answer in rubric.answers] == list(rubric.answers)
+    benchmark = bench(tmp_path, *[record(implicit_motivations=[[f"{i} {j}" for j in range(10)]]) for i in range(10)])
+    found = values(run(benchmark, Cast(ECHO, [random_judge(0)]), tmp_path / "out")[0])
+    assert found["unjudged"] == 0 and found["average"] == pytest.approx(50, abs=6)
 
 
 def test_without_a_judge_it_does_not_start(tmp_path):
