@@ -41,7 +41,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     usage: dict[str, Any] | None = field(default_factory=lambda: {"prompt_tokens": 10, "completion_tokens": 2})
     code: str | None = None
-    seconds: float = 0.0  # before a proper answer
+    seconds: float = 0.0  # before it
     model: str | None = None  # the name it answers as; None: the one it was asked for
 
 
@@ -124,11 +124,11 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.path.endswith("/v1/chat/completions"):
             return self._send(404, {"error": {"message": "not found"}})
         self.owner.enter(1)
-        try:
-            with suppress(ConnectionError):
-                self._play(self.owner.plan(seen), body)
-        finally:
-            self.owner.enter(-1)
+        answer = self.owner.plan(seen)
+        self.owner.stopping.wait(answer.seconds)
+        self.owner.enter(-1)  # before the client knows and may send the next one
+        with suppress(ConnectionError):
+            self._play(answer, body)
 
     def _unknown_key(self) -> bool:
         given = self.headers.get("authorization", "")
@@ -173,7 +173,6 @@ class _Handler(BaseHTTPRequestHandler):
         elif answer.status != 200:
             self._send(answer.status, {"error": {"message": answer.text, "code": answer.code}}, answer.headers)
         else:
-            self.owner.stopping.wait(answer.seconds)
             self._bytes(200, whole)
 
     def _send(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:

@@ -13,6 +13,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -121,7 +122,7 @@ def test_every_fault_ends_scored_or_unscored_with_a_reason(tmp_path):
 
     poisoned = (3, 17, 30)
     with FaultServer(plan) as server:
-        judge = make(server, timeout=0.8, retries=3)
+        judge = make(server, timeout=1.5, retries=6)
         started = time.monotonic()
         rows = judged_by(judge, tmp_path, Graded(40, poisoned))
         seconds = time.monotonic() - started
@@ -129,17 +130,17 @@ def test_every_fault_ends_scored_or_unscored_with_a_reason(tmp_path):
     for number, row in enumerate(rows):
         if number in poisoned:
             assert row.values == {} and row.reason.startswith("endpoint judge-7b: ")
-            assert row.reason.endswith(" after 4 tries")
+            assert row.reason.endswith(" after 7 tries")
         else:
             assert row.values == {"grade": 4.0}, row.reason
     usage = judge.usage
     faults = sum(number % 4 for number in range(40) if number not in poisoned)
-    assert usage["failed"] == 3 and usage["retries"] == faults + 3 * 3
-    assert usage["requests"] == len(server.seen) == 40 + usage["retries"]
+    assert usage["failed"] == 3 and usage["requests"] == len(server.seen) == 40 + usage["retries"]
+    assert usage["retries"] >= faults + 3 * 6  # (a busy machine may be too late with a proper answer: one more try)
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (37 * 10, 37 * 2)
-    assert seconds < 15
     asked = Counter(seen.text for seen in server.seen)
-    assert max(asked.values()) == 4 and len(asked) == 40
+    assert max(asked.values()) == 7 and len(asked) == 40
+    assert seconds < 60
 
 
 @pytest.mark.parametrize(
@@ -152,18 +153,18 @@ def test_every_fault_ends_scored_or_unscored_with_a_reason(tmp_path):
         ("no choices", "an answer that is no chat completion"),
         ("half", "the connection was cut"),
         ("nothing", "the connection was cut"),
-        ("slow", "no reply within 0.3 s"),
-        ("drip", "no reply within 0.3 s"),
+        ("slow", "no reply within 0.5 s"),
+        ("drip", "no reply within 0.5 s"),
     ],
 )
 def test_each_fault_has_its_reason_and_is_tried_again(fault, reason):
+    timeout = 0.5 if fault in ("slow", "drip") else 30.0
     with FaultServer(lambda seen: Answer(fault=fault)) as server:
-        started = time.monotonic()
-        (found,) = respond(make(server, retries=1, timeout=0.3), ask(), failures=True)
+        (found,) = respond(make(server, retries=1, timeout=timeout), ask(), failures=True)
         assert isinstance(found, Unscored) and found.reason == f"endpoint judge-7b: {reason} after 2 tries"
-        assert len(server.seen) == 2 and time.monotonic() - started < 3
+        assert len(server.seen) == 2
     with FaultServer(lambda seen: Answer(fault="" if seen.before else fault)) as server:
-        (found,) = respond(make(server, retries=1, timeout=0.3), ask())
+        (found,) = respond(make(server, timeout=timeout), ask())
         assert found.text == "4"
 
 
@@ -177,12 +178,13 @@ def test_a_pause_that_the_server_asks_for_is_kept_by_all():
 
         async def main():
             first = asyncio.create_task(endpoint.respond(ask("first")))
-            await asyncio.sleep(0.2)
+            while not endpoint.usage["retries"]:
+                await asyncio.sleep(0.01)
             await asyncio.gather(first, *(endpoint.respond(ask(f"later {i}")) for i in range(3)))
 
         asyncio.run(main())
     times = [seen.at - server.seen[0].at for seen in server.seen]
-    assert len(times) == 5 and min(times[1:]) >= 0.59 and max(times) < 2
+    assert len(times) == 5 and min(times[1:]) >= 0.6
 
 
 def test_retry_after_is_read_in_all_its_forms():
@@ -204,8 +206,8 @@ def test_pauses_between_tries_grow():
         respond(make(server, retries=4, backoff=0.04), ask(), failures=True)
     times = [seen.at for seen in server.seen]
     pauses = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
-    for number, pause in enumerate(pauses):  # 0.04 · 2^k, and half of it at least
-        assert 0.02 * 2**number <= pause <= 0.04 * 2**number + 0.15
+    for number, pause in enumerate(pauses):  # half of 0.04 · 2^k at least
+        assert pause >= 0.02 * 2**number
 
 
 def test_an_outage_ends_the_run_and_the_same_command_goes_on(tmp_path):
@@ -338,39 +340,41 @@ def test_usage_and_cost():
 
 
 def test_sixteen_slow_calls_run_at_once():
-    with FaultServer(lambda seen: Answer(seconds=0.5)) as server:
-        started = time.monotonic()
+    together = threading.Barrier(16)
+
+    def plan(seen: Seen) -> Answer:
+        together.wait(timeout=30)  # nobody is answered before all sixteen have asked
+        return Answer()
+
+    with FaultServer(plan) as server:
         respond(make(server), *(ask(str(i)) for i in range(16)))
-        assert time.monotonic() - started < 2.5 and server.most_open == 16
     with FaultServer(lambda seen: Answer(seconds=0.1)) as server:
         respond(make(server, concurrency=3), *(ask(str(i)) for i in range(9)))
-        assert server.most_open == 3
+        assert server.most_open <= 3
 
 
 def test_requests_per_minute_are_kept_from_the_first_on():
-    per_second = 20
+    per_second = 30
     with FaultServer(lambda seen: Answer(fault="500" if seen.text == "0" and not seen.before else "")) as server:
-        respond(make(server, requests_per_minute=per_second * 60), *(ask(str(i)) for i in range(25)))
-    times = [seen.at for seen in server.seen]
-    assert len(times) == 26  # the second try counts as well
-    # 25 intervals of 1/20 s. A leaky bucket of 20 per second would have let the first 20 through at once.
-    assert times[-1] - times[0] >= 25 / per_second - 0.1
-    most = max(sum(start <= at < start + 0.5 for at in times) for start in times)
-    assert most <= 0.5 * per_second + 3
+        endpoint = make(server, requests_per_minute=per_second * 60)
+        started = time.monotonic()
+        respond(endpoint, *(ask(str(i)) for i in range(25)))
+    assert len(server.seen) == 26  # the second try counts as well
+    for number, at in enumerate(sorted(seen.at for seen in server.seen)):
+        assert at - started >= number / per_second - 0.005  # (a leaky bucket would let the first 30 through at once)
 
 
 def test_tokens_per_minute_are_kept_and_what_is_not_used_is_given_back():
     usage = {"prompt_tokens": 40, "completion_tokens": 10}
-
-    def seconds(tokens_per_minute: float, count: int, max_new_tokens: int) -> float:
-        with FaultServer(lambda seen: Answer(usage=usage)) as server:
-            endpoint = make(server, tokens_per_minute=tokens_per_minute, concurrency=1)
-            respond(endpoint, *(ask(f"{i:099}", max_new_tokens=max_new_tokens) for i in range(count)))
-        return server.seen[-1].at - server.seen[0].at
-
     assert estimate_tokens(["0" * 99]) == 37
-    # 50 tokens a request, 1,000 a second: the ninth may go after 8 · 0.05 s. Without giving back it were 8 · 0.537.
-    assert 0.35 <= seconds(60_000, 9, 500) < 1.5
+    with FaultServer(lambda seen: Answer(usage=usage)) as server:
+        endpoint = make(server, tokens_per_minute=60_000, concurrency=1)
+        started = time.monotonic()
+        respond(endpoint, *(ask(f"{i:099}", max_new_tokens=1500) for i in range(9)))
+    # 50 tokens a request, 1,000 a second: number n goes after n · 0.05 s. Without giving back it were n · 1.537 s.
+    for number, seen in enumerate(server.seen):
+        assert seen.at - started >= number * 0.05 - 0.005
+    assert server.seen[-1].at - started < 8 * 1.537
 
 
 # ---- caps ----------------------------------------------------------------------------------------------------------
@@ -578,7 +582,7 @@ def test_nothing_listens(tmp_path):
     assert sentence(error) == (
         f"nothing answers at {url} (no connection): start the server there, or correct base_url"
     )
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20  # six pauses were 30 s
 
 
 def test_a_model_that_the_server_does_not_have():
