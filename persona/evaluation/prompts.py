@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined, TemplateError, TemplateSyntaxError, meta
+from jinja2 import Environment, StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta
 
 from persona.errors import UserError
 from persona.types import Conversation, Message
@@ -68,6 +68,10 @@ class Prompt:
         return ([("user", first)] if first.strip() else []) + list(zip(rest[::2], rest[1::2], strict=True))
 
     @cached_property
+    def _templates(self) -> list[tuple[str, Template]]:
+        return [(role, _ENVIRONMENT.from_string(part)) for role, part in self._parts]
+
+    @cached_property
     def slots(self) -> frozenset[str]:
         """Names that `messages` has to be given."""
         parts = [meta.find_undeclared_variables(_ENVIRONMENT.parse(part)) for _, part in self._parts]
@@ -86,9 +90,7 @@ class Prompt:
             parts += [f"has no slot {name}, which was given" for name in unknown]
             raise UserError(f"the prompt {self.name} {' and '.join(parts)}; its slots are {self._slot_names}")
         try:
-            return tuple(
-                Message(role, _ENVIRONMENT.from_string(part).render(slots).strip()) for role, part in self._parts
-            )
+            return tuple(Message(role, template.render(slots).strip()) for role, template in self._templates)
         except (TemplateError, TypeError) as error:
             raise UserError(f"the prompt {self.name} could not be filled: {error}") from error
 
