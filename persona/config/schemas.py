@@ -15,6 +15,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from persona.benchmarks import AllConfig, BenchmarkConfig, FileBenchmarkConfig, PeopleBenchmarkConfig
+from persona.benchmarks.persobench import PersoBenchConfig
+from persona.benchmarks.personaeval import PersonaEvalConfig
+from persona.benchmarks.personafeedback import PersonaFeedbackConfig
+from persona.benchmarks.personagym import PersonaGymConfig
+from persona.benchmarks.personamem import PersonaMemConfig
+from persona.benchmarks.rmtbench import RMTBenchConfig
 from persona.data import DataConfig, TownConfig
 from persona.evaluation.endpoint import EndpointConfig
 from persona.lm.load import ModelConfig
@@ -79,7 +85,16 @@ GROUPS: dict[str, dict[str, type]] = {
     "data": {"base_data": DataConfig, "base_town": TownConfig},
     "method": {"base_persona_plug": PersonaPlugConfig, "base_finetune": FinetuneConfig},
     "trainer": {"base_trainer": TrainerConfig},
-    "benchmark": {"base_all": AllConfig, "base_people": PeopleBenchmarkConfig},
+    "benchmark": {
+        "base_all": AllConfig,
+        "base_people": PeopleBenchmarkConfig,
+        "base_persobench": PersoBenchConfig,
+        "base_personaeval": PersonaEvalConfig,
+        "base_personafeedback": PersonaFeedbackConfig,
+        "base_personagym": PersonaGymConfig,
+        "base_personamem": PersonaMemConfig,
+        "base_rmtbench": RMTBenchConfig,
+    },
     "reference": {"base_role": RoleConfig},
     "user_simulator": {"base_role": RoleConfig},
 }
@@ -92,6 +107,11 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     RoleConfig: {"kind": ("none", "local", "endpoint", "random", "oracle")},
     PeopleBenchmarkConfig: {"split": ("train", "dev", "test")},
     FileBenchmarkConfig: {"compat": (None, "reference")},
+    PersoBenchConfig: {"mode": ("vanilla", "cot")},
+    PersonaEvalConfig: {"mode": ("text", "likelihood")},
+    PersonaFeedbackConfig: {"mode": ("answer", "likelihood", "reward"), "access": ("profile", "none")},
+    PersonaMemConfig: {"mode": ("discriminative", "generative"), "size": ("32k", "128k", "1M")},
+    RMTBenchConfig: {"language": ("en", "zh")},
 }
 POSITIVE: dict[type, tuple[str, ...]] = {
     ModelConfig: ("batch_size",),
@@ -100,6 +120,7 @@ POSITIVE: dict[type, tuple[str, ...]] = {
     PersonaPlugConfig: ("history_limit", "temperature", "max_input_length"),
     BenchmarkConfig: ("max_new_tokens",),
     PeopleBenchmarkConfig: ("num_beams",),
+    PersonaGymConfig: ("seeds", "questions"),
     TrainConfig: ("plan_gpus",),
 }
 
