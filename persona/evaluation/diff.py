@@ -41,13 +41,15 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two runs of one benchmark. `settings` are those that differ, with A's and B's value (None: it has no such)."""
+    """Two runs of one benchmark. `settings` are those that differ, with A's and B's value (None: it has no such);
+    `without` the metrics that one of them lacks, or that are not defined on the shared samples."""
 
     a: Run
     b: Run
     settings: dict[str, list[str | None]]
     shared: int
     lines: list[Line]
+    without: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def diff(place_a: Path | str, place_b: Path | str, *, resamples: int = RESAMPLES
     found = compare_pairs([(b, a) for a, b in matched], resamples=resamples)
     pairs = []
     for a, b in matched:
-        names = [name for name in b.summary.metrics if name in a.summary.metrics]
+        names = list({**b.summary.metrics, **a.summary.metrics})
         of_pair = {
             c.metric: c
             for c in found
@@ -92,7 +94,8 @@ def diff(place_a: Path | str, place_b: Path | str, *, resamples: int = RESAMPLES
             for name in names
             if name in of_pair
         ]
-        pairs.append(Pair(a, b, differing([a, b]), len(rows_a), lines))
+        without = [name for name in names if name not in of_pair]
+        pairs.append(Pair(a, b, differing([a, b]), len(rows_a), lines, without))
     both_a, both_b = {id(a) for a, _ in matched}, {id(b) for _, b in matched}
     return Diff(pairs, [r for r in runs_a if id(r) not in both_a], [r for r in runs_b if id(r) not in both_b])
 
@@ -161,6 +164,7 @@ def as_json(found: Diff) -> dict[str, Any]:
             "shared": pair.shared,
             "settings": {key: {"a": a, "b": b} for key, (a, b) in pair.settings.items()},
             "metrics": [metric(line) for line in pair.lines],
+            "without": pair.without,
         }
         for pair in found.pairs
     ]
@@ -191,6 +195,8 @@ def print_diff(found: Diff, console: Console) -> None:
                 shift, _p(difference.p), _p(line.comparison.p_holm), str(difference.n),
             )  # fmt: skip
         console.print(table)
+        if pair.without:
+            console.print(Text(f"No difference can be given in {', '.join(pair.without)}.", style="dim"))
     for name, runs in (("A", found.only_a), ("B", found.only_b)):
         if runs:
             console.print(Text(f"Only in {name}: {_said(runs)}", style="dim"))

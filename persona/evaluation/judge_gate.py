@@ -61,6 +61,9 @@ def certificate(folder: Path | str) -> Certificate:
     run = load_run(folder)
     if run.summary.benchmark != BENCHMARK or not run.rows:
         raise UserError(f"{folder} holds results of {run.summary.benchmark}, not of {BENCHMARK}")
+    setting = run.summary.settings.get("benchmark")
+    if isinstance(setting, dict) and setting.get("compat"):  # there, equal probabilities for all can be all right
+        raise UserError(f"{folder} was scored under compat={setting['compat']}, which certifies nothing")
     # A reply that cannot be read would be no verdict either, so here it is wrong.
     values = [{"top1": row.values.get("top1", 0.0), "chance": _chance(row)} for row in run.rows]
     values = [entry | {"over": entry["top1"] - entry["chance"]} for entry in values]

@@ -79,13 +79,15 @@ class JudgePart:
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkPart:
-    """A benchmark's section. `primary` is None where no run has a value of the primary metric."""
+    """A benchmark's section. `primary` is None where no run has a value of the primary metric; `without` are the
+    metrics that no run has a value of."""
 
     name: str
     version: str
     runs: list[Run]
     primary: MetricPart | None
     parts: list[MetricPart]
+    without: list[str]
     samples: int
     rows: int
     unscored: int
@@ -124,6 +126,7 @@ def benchmark_part(
         runs=runs,
         primary=next((part for part in parts if part.name == first.primary), None),
         parts=parts,
+        without=[name for name in first.metrics if all(part.name != name for part in parts)],
         samples=max(run.summary.n for run in runs),
         rows=sum(run.summary.n for run in runs),
         unscored=sum(run.summary.n_unscored for run in runs),

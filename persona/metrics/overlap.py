@@ -1,26 +1,25 @@
 """Word overlap of one reply with one reference, as dialogue papers count it: BLEU, ROUGE (package `rouge`), METEOR.
 
 Texts are split at white space, without lower-casing (persobench note 5). LaMP's ROUGE is another one: `metrics.rouge`.
+NLTK is imported when it is asked for: configs import the benchmark, and every command would wait for it.
 """
 
 from __future__ import annotations
 
 import sys
 
-import nltk
-from nltk.corpus import wordnet
-from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-from nltk.translate.meteor_score import meteor_score
 from rouge import Rouge
 
-_SMOOTHING = SmoothingFunction().method1
 _ROUGE = Rouge()
 _RECURSION = sys.getrecursionlimit()
 
 
 def bleu(reply: str, reference: str) -> float:
     """NLTK's sentence BLEU in 0 .. 1: 1- to 4-grams with equal weights, smoothing method 1; 0 for an empty reply."""
-    return float(sentence_bleu([reference.split()], reply.split(), smoothing_function=_SMOOTHING))
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    smoothing = SmoothingFunction().method1
+    return float(sentence_bleu([reference.split()], reply.split(), smoothing_function=smoothing))
 
 
 def rouge_f(reply: str, reference: str) -> dict[str, float]:
@@ -43,6 +42,8 @@ def rouge_f(reply: str, reference: str) -> dict[str, float]:
 
 def has_wordnet() -> bool:
     """Whether NLTK finds the WordNet data that METEOR needs (`python -m nltk.downloader wordnet` installs it)."""
+    import nltk
+
     for name in ("corpora/wordnet", "corpora/wordnet.zip"):
         try:
             nltk.data.find(name)
@@ -57,4 +58,7 @@ def meteor(reply: str, reference: str) -> float:
 
     Raises LookupError without the WordNet data: there is no METEOR that leaves synonyms out.
     """
+    from nltk.corpus import wordnet
+    from nltk.translate.meteor_score import meteor_score
+
     return float(meteor_score([reference.split()], reply.split(), wordnet=wordnet))

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from nltk.tokenize.destructive import NLTKWordTokenizer
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from persona.errors import UserError
 
@@ -28,11 +26,12 @@ STOP_WORDS = frozenset(
     """.split()
 )
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_TOKENIZER = NLTKWordTokenizer()
 
 
 def _content(text: str) -> str:
-    words = _TOKENIZER.tokenize(text.lower().translate(_PUNCTUATION))
+    from nltk.tokenize.destructive import NLTKWordTokenizer  # here, as every command would wait for NLTK
+
+    words = NLTKWordTokenizer().tokenize(text.lower().translate(_PUNCTUATION))
     return " ".join(word for word in words if word not in STOP_WORDS)
 
 
@@ -41,6 +40,8 @@ def tfidf_overlap(first: str, second: str) -> float:
 
     Lower case, without punctuation, stop words and one-letter words; 0 where nothing is left of either.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     try:
         vectors = TfidfVectorizer().fit_transform([_content(first), _content(second)])
     except ValueError:  # no word in both together

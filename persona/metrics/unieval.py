@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import nltk
 import torch
 
 from persona.errors import UserError
@@ -35,6 +34,8 @@ def question(dimension: str, reply: str, history: str = "", fact: str = "") -> s
 
 def sentences(text: str) -> list[str]:
     """Sentences by NLTK's English Punkt model. Raises UserError where its data is not installed."""
+    import nltk  # here, as every command would wait for it
+
     try:
         return nltk.sent_tokenize(text)
     except LookupError as error:

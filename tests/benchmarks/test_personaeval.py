@@ -427,7 +427,7 @@ def many(tmp_path_factory):
     return build(PersonaEvalConfig(path=str(write(tmp_path_factory.mktemp("many") / "Literary.csv", rows))))
 
 
-def judged(benchmark, folder, name, right, silent=0):
+def judged(benchmark, folder, name, right, silent=0, **settings):
     """A PersonaEval run of a judge that has `right` rows right, and says nothing on the last `silent` ones."""
 
     def reply(number, sample):
@@ -438,7 +438,7 @@ def judged(benchmark, folder, name, right, silent=0):
 
     from persona.evaluation.episodes import run_benchmark
 
-    settings = {"model": {"endpoint": f"{name}-model"}, "stack": []}
+    settings |= {"model": {"endpoint": f"{name}-model"}, "stack": []}
     model = answers(benchmark, reply)
     run_benchmark(benchmark, model, folder / name, stack=name, settings=settings, batch_size=4, progress=False)
 
@@ -477,6 +477,13 @@ def test_a_few_rows_are_no_certificate(tmp_path):
 def test_the_run_on_most_rows_speaks_for_a_judge(many, tmp_path):
     judged(many, tmp_path / "b", "good", 40)
     judged(build(PersonaEvalConfig()), tmp_path / "a", "good", 0)
+    assert judge_gate.warn_unless_passed(["good"], tmp_path) == []
+
+
+def test_the_published_rule_for_ties_certifies_nothing(many, tmp_path):
+    judged(many, tmp_path, "good", 40, benchmark={"compat": "reference"})
+    assert len(judge_gate.warn_unless_passed(["good"], tmp_path)) == 1
+    judged(many, tmp_path / "again", "good", 40, benchmark={"compat": None})
     assert judge_gate.warn_unless_passed(["good"], tmp_path) == []
 
 

@@ -133,7 +133,7 @@ def test_undefined_numbers_are_no_differences(tmp_path):
     toy_tree(tmp_path / "a", 8, {"x": 0.2}, (Empty,))
     toy_tree(tmp_path / "b", 8, {"x": 0.8}, (Empty,))
     (pair,) = diff(tmp_path / "a", tmp_path / "b").pairs
-    assert pair.lines == [] and pair.shared == 8
+    assert pair.lines == [] and pair.shared == 8 and pair.without == ["share"]
 
 
 def test_json_and_the_table_say_the_same(tree, capsys):
@@ -142,6 +142,7 @@ def test_json_and_the_table_say_the_same(tree, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads(json.dumps(as_json(diff(a, b))))
     (pair,) = found["pairs"]
+    assert pair["without"] == []
     assert pair["settings"] == {"stack.0.0": {"a": "untouched", "b": "Persona-Plug"}}
     summary = read_summary(a)
     assert pair["a"] == {"folder": str(a), "stack": "untouched", "n": 28, "scored": 28 - summary.n_unscored}

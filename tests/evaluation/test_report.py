@@ -1,19 +1,23 @@
+import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from evaluation_toys import Ratings, ToyModel, Voices, toy_results
+from report_toys import BENCHMARKS, JUDGES, STACKS, toy_tree
 
 from persona.errors import UserError
 from persona.evaluation.charts import scale
+from persona.evaluation.comparison import compare
 from persona.evaluation.episodes import run_benchmark
-from persona.evaluation.report import write_report
+from persona.evaluation.report import main, write_report
 from persona.evaluation.results import Plots, Point, load_run, write_plots
 from persona.evaluation.sections import history_bins
 
 TWO = {"untouched": 0.3, "Persona-Plug": 0.6}
-EMPTY = {"meta", "link", "input", "br", "hr", "img"}
+EMPTY = {"meta", "link", "input", "br", "hr", "img", "wbr"}
 
 
 class Page(HTMLParser):
@@ -22,6 +26,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.tags, self.ids, self.links, self.addresses = [], [], [], [], []
+        self.tables, self.rows, self.cell = {}, None, None
         self.feed(text)
         self.close()
         assert self.open == []
@@ -34,6 +39,12 @@ class Page(HTMLParser):
         self.addresses += [attrs[key] for key in ("src", "href") if not attrs.get(key, "#").startswith(("#", "data:"))]
         if tag not in EMPTY:
             self.open.append(tag)
+        if attrs.get("role") == "region":
+            self.rows = self.tables.setdefault(attrs["aria-label"], [])
+        elif tag == "tr" and self.rows is not None:
+            self.rows.append([])
+        elif tag in ("td", "th") and self.rows is not None:
+            self.cell = []
 
     def handle_startendtag(self, tag, attrs):
         self.handle_starttag(tag, attrs)
@@ -42,6 +53,19 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        if self.cell is not None and tag in ("td", "th"):
+            self.rows[-1].append(" ".join("".join(self.cell).split()))
+            self.cell = None
+        elif tag == "table":
+            self.rows = None
+
+    def handle_data(self, data):
+        if self.cell is not None:
+            self.cell.append(data)
+
+    def table(self, label):
+        """{first cell: the others} of the table in the scrolling region `label`."""
+        return {row[0]: row[1:] for row in self.tables[label]}
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +79,22 @@ def folder(tmp_path_factory):
 def text(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
     return write_report([folder / name for name in TWO], path, title="Toy & town").read_text()
+
+
+@pytest.fixture(scope="module")
+def wide(tree, tmp_path_factory):
+    """The page over four benchmarks."""
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    return write_report(tree, path, baseline="untouched").read_text()
+
+
+def section(text, heading):
+    """The elements from a heading's id to the end of its section."""
+    return text.split(f'<h2 id="{heading}"')[1].split("</section>")[0]
+
+
+def books(text):
+    return json.loads(text.split('id="browser-data">')[1].split("</script>")[0])
 
 
 def test_the_page_nests_is_self_contained_and_its_links_lead_somewhere(text):
@@ -130,6 +170,23 @@ def test_two_trainings_of_one_method_are_told_apart(folder, tmp_path):
     assert "1 stack on 1 benchmark" in once and "(first)" not in once
 
 
+def test_a_stack_that_is_there_twice_has_the_same_two_names_on_every_benchmark(tmp_path):
+    toy_tree(tmp_path / "first", 8, {"plug": 0.5}, BENCHMARKS[:2])
+    toy_tree(tmp_path / "second", 8, {"plug": 0.6}, BENCHMARKS[:1])
+    table = Page(write_report([tmp_path], tmp_path / "report.html").read_text()).table("Overview table")
+    assert list(table) == ["stack", "plug (first) baseline", "plug (second)"]
+    assert table["plug (second)"][1] == "–" != table["plug (first) baseline"][1]
+
+
+def test_as_a_command(tree, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    given = [str(tree[0].parents[1]), "--output", str(page), "--baseline", "constant answer"]
+    assert main(given) == 0 and capsys.readouterr().out == f"{page}\n"
+    assert "against constant answer" in page.read_text()
+    assert main([*given[:3], "--baseline", "nobody"]) == 2
+    assert capsys.readouterr().err.startswith('No run has the stack "nobody"; the stacks given are Persona-Plug, ')
+
+
 def test_unknown_baseline_is_one_sentence(folder, tmp_path):
     with pytest.raises(UserError, match='No run has the stack "plain"'):
         write_report([folder], tmp_path / "report.html", baseline="plain")
@@ -157,3 +214,135 @@ def test_ticks_are_round_and_inside(values, ticks):
     found = scale(values)
     assert found.ticks == pytest.approx(ticks)
     assert all(0 <= found.share(tick) <= 1 for tick in found.ticks)
+
+
+def shown(value):
+    return f"{value:.3f}".replace("-", "−")
+
+
+def test_the_overview_has_each_benchmark_s_primary_metric(tree, wide):
+    table = Page(wide).table("Overview table")
+    heads = ["ratingsaccuracy ↑", "choicesaccuracy ↑", "talksin voice ↑", "a_benchmark_with_a_long_namerouge-1 ↑"]
+    assert table["stack"] == heads
+    labels = {"untouched": "untouched baseline"} | {s: f"{s} reads nothing" for s in STACKS if s.endswith("answer")}
+    assert list(table)[1:] == [labels.get(stack, stack) for stack in STACKS]
+    for place in tree:
+        summary = load_run(place).summary
+        column = [make.name for make in BENCHMARKS].index(summary.benchmark)
+        cell = table[labels.get(summary.stack, summary.stack)][column]
+        found = summary.estimates[summary.primary]
+        assert cell.startswith(shown(found.value)) and f"[{shown(found.low)}, {shown(found.high)}]" in cell
+        assert (f"{summary.n_unscored} of 28 unscored" in cell) == (summary.n_unscored > 0)
+        assert any(mark in cell for mark in "▲▼○") == (summary.stack != "untouched")
+
+
+def test_trivial_answers_are_marked_and_never_best(tmp_path):
+    stacks = {"a": -0.5, "b": -0.3} | {name: STACKS[name] for name in ("constant answer", "random answer")}
+    places = toy_tree(tmp_path, 28, stacks, BENCHMARKS[:1])
+    best = max(load_run(place).summary.estimates["accuracy"].value for place in places[:2])
+    assert load_run(places[2]).summary.estimates["accuracy"].value > best  # it would win
+    text = write_report(places, tmp_path / "report.html").read_text()
+    marked = set(re.findall(r'class="best">([^<]+)<', section(text, "overview")))
+    assert marked == {shown(best)}
+    assert section(text, "overview").count("reads nothing</span>") == 2 and "2 stacks on 1 benchmark" in text
+
+
+def test_any_stack_can_be_the_baseline_and_holm_is_over_the_page(tree, tmp_path):
+    runs = [load_run(place) for place in tree]
+    for baseline in ("Persona-Plug", "constant answer"):
+        text = write_report(tree, tmp_path / "report.html", baseline=baseline).read_text()
+        compared = compare(runs, baseline)
+        assert len(compared) == 5 * 8 and f"over all {len(compared)} comparisons" in text
+        for one in compared:
+            if one.metric == "in voice":
+                said = "p < 0.001" if one.p_holm < 0.001 else f"p = {one.p_holm:.3f}"
+                assert f"Holm {said}" in section(text, "benchmark-3")
+
+
+def test_all_metrics_counts_and_reasons_stand_in_the_section(tree, wide):
+    table = Page(wide).table("all metrics of choices")
+    assert [head.split()[0] for head in table["stack"]] == ["length", "accuracy", "n", "unscored"]
+    part = section(wide, "benchmark-2")
+    for stack in STACKS:
+        summary = load_run(next(place for place in tree if place.parts[-2:] == ("choices", stack))).summary
+        names = (stack, f"{stack} baseline", f"{stack} reads nothing")
+        row = next(cells for head, cells in table.items() if head in names)
+        assert row[2:] == ["28", str(summary.n_unscored)]
+        for reason, n in summary.unscored_reasons.items():
+            assert f"{stack}: {n} × {reason}" in part
+    assert "could not be scored" in part
+
+
+def test_breakdowns_by_hand(tree, wide):
+    run = load_run(next(place for place in tree if place.parts[-2:] == ("choices", "untouched")))
+    table = Page(wide).table("choices by level")
+    assert list(table) == ["level", "level 1", "level 2", "level 10"]  # numbers count as numbers
+    for level in list(table)[1:]:
+        rows = [row for row in run.rows if row.groups["level"] == level]
+        values = [row.values["accuracy"] for row in rows if row.values]
+        cell = table[level][0]
+        assert cell.startswith(shown(sum(values) / len(values))) and f"n = {len(values)}" in cell
+        assert (", " in cell.split("n = ")[1]) == (len(values) < len(rows))
+    assert len(Page(wide).table("choices by resident")) == 1 + 14
+    assert list(Page(wide).table("talks by topic"))[1:] == ["bakery", "boat trip", "choir", "market"]
+
+
+def test_what_judges_said_could_not_say_and_agree_on(tree, wide):
+    page, part = Page(wide), section(wide, "benchmark-3")
+    run = load_run(next(place for place in tree if place.parts[-2:] == ("talks", "Persona-Plug")))
+    rows = [row for row in page.tables["judges of talks"] if row[1] == "helpful"]
+    assert [row[0] for row in rows] == [judge.name for judge in JUDGES]
+    for row, judge in zip(rows, JUDGES, strict=True):
+        said = [v for r in run.rows for v in r.verdicts if v.judge == judge.name and v.rubric == "helpful"]
+        read = [v.value for v in said if v.value is not None]
+        unread = f", {len(said) - len(read)} unread" if len(read) < len(said) else ""
+        assert row[2 + list(STACKS).index("Persona-Plug")] == f"{shown(sum(read) / len(read))}n = {len(read)}{unread}"
+    assert "unreadable: " in part and "× no level is named" in part
+    agreement = page.table("agreement of the judges of talks")
+    rivals = [load_run(p).rows for p in tree if p.parts[-2] == "talks" and not p.name.endswith("answer")]
+    both = sum(
+        all(v.value is not None for v in row.verdicts if v.rubric == "helpful") for some in rivals for row in some
+    )
+    assert agreement["helpful"][0] == str(both) and list(agreement) == ["rubric", "in_voice", "helpful"]
+    assert "agreement of the judges of choices" not in page.tables
+
+
+def test_cost_and_differing_judges_are_said(tree, tmp_path):
+    for stack, judge in (("untouched", "m-1"), ("Persona-Plug", "m-2")):
+        place = tmp_path / "evaluation" / "talks" / stack
+        shutil.copytree(next(p for p in tree if p.parts[-2:] == ("talks", stack)), place)
+        summary = json.loads((place / "summary.json").read_text())
+        summary["environment"]["usage"] = {"judge 1": {"requests": 56, "prompt_tokens": 1234, "cost": 0.25}}
+        summary["settings"]["judge"] = {"judge": {"kind": "endpoint", "model": judge}}
+        (place / "summary.json").write_text(json.dumps(summary))
+    text = write_report([tmp_path], tmp_path / "report.html", baseline="untouched").read_text()
+    assert "All runs together cost 0.500" in text
+    table = Page(text).tables["usage of talks"]
+    assert table[0] == ["stack", "role", "requests", "prompt_tokens", "cost"]
+    assert table[2] == ["untouched baseline", "judge 1", "56", "1234", "0.250"]
+    assert "differ in more than model and stack: judge.judge.model" in text
+    assert "m-1 (untouched)" in text and "m-2 (Persona-Plug)" in text
+
+
+def test_the_browser_has_conversations_verdicts_and_choices(wide):
+    found = {book["benchmark"]: book for book in books(wide)}
+    assert [len(book["samples"]) for book in found.values()] == [28] * 4  # all fit
+    talk = found["talks"]["samples"][0]
+    assert (
+        talk["persona"] == "Ada"
+        and talk["description"].startswith("Ada speaks")
+        and talk["groups"] == {"topic": "bakery"}
+    )
+    reply = next(reply for reply in talk["replies"] if reply["stack"] == "untouched")
+    assert [role for role, _ in reply["transcript"]] == ["system"] + ["user", "assistant"] * 3
+    assert {verdict["judge"] for verdict in reply["verdicts"]} == {judge.name for judge in JUDGES}
+    assert all(verdict["raw"] and (verdict["value"] or verdict["reason"]) for verdict in reply["verdicts"])
+    choice = found["choices"]["samples"][3]
+    for reply in choice["replies"]:
+        if not reply["reason"]:
+            assert choice["options"][reply["chosen"]] == reply["raw"]
+            assert (reply["outcome"] == "wrong") == (reply["raw"] != choice["target"])
+        else:
+            assert reply["outcome"] == "unscored" and reply["chosen"] is None
+    rating = found["ratings"]["samples"][0]
+    assert rating["items"] and rating["n_items"] >= len(rating["items"])
