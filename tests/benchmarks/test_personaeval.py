@@ -427,11 +427,11 @@ def many(tmp_path_factory):
     return build(PersonaEvalConfig(path=str(write(tmp_path_factory.mktemp("many") / "Literary.csv", rows))))
 
 
-def judged(benchmark, folder, name, right, silent=0, **settings):
+def judged(measured, folder, name, right, silent=0, **settings):
     """A PersonaEval run of a judge that has `right` rows right, and says nothing on the last `silent` ones."""
 
     def reply(number, sample):
-        if number >= len(benchmark.samples()) - silent:
+        if number >= len(measured.samples()) - silent:
             return "no comment"
         wrong = next(option for option in sample.options if option != sample.target)
         return sure(sample, true=None if number < right else wrong)
@@ -439,8 +439,8 @@ def judged(benchmark, folder, name, right, silent=0, **settings):
     from persona.evaluation.episodes import run_benchmark
 
     settings |= {"model": {"endpoint": f"{name}-model"}, "stack": []}
-    model = answers(benchmark, reply)
-    run_benchmark(benchmark, model, folder / name, stack=name, settings=settings, batch_size=4, progress=False)
+    model = answers(measured, reply)
+    run_benchmark(measured, model, folder / name, stack=name, settings=settings, batch_size=4, progress=False)
 
 
 def test_a_judge_passes_when_the_whole_interval_is_above_chance(many, tmp_path):
