@@ -63,6 +63,7 @@ GOLDEN = [
     ("A good pick is c", False, True),  # the article is no letter
     ("I'd pick c", False, True),  # nor is the end of "I'd"
     ("<think>not (a), rather (b)?</think> (c)", False, True),
+    ("<think>perhaps <final_answer> d</final_answer></think> So (c)", True, True),  # an answer only thought of
     ("I first took (c). <final_answer> (d)", False, False),
     ("b) c)", False, False),
     ("", False, False),
@@ -369,6 +370,15 @@ def test_the_persona_is_what_the_user_said_so_far():
         gold = next(q for q in read_questions(SAMPLE / "questions_32k.csv") if q.id == sample.id)
         assert gold.options["abcd".index(gold.gold)] not in said
     assert {benchmark.cluster(sample) for sample in benchmark.samples()} == {"0", "1", "2"}
+
+
+def test_the_description_is_the_one_in_force_at_the_question(tmp_path):
+    (tmp_path / "shared_contexts_32k.jsonl").write_text(line("c", "u:hi", "s:young", "u:User: hi", "a:yes", "s:old"))
+    first = rows_of(SAMPLE / "questions_32k.csv")[0] | {"shared_context_id": "c"}
+    ends = {end: first | {"question_id": end, "end_index_in_shared_context": end} for end in ("1", "4", "5")}
+    write(tmp_path / "questions_32k.csv", list(ends.values()))
+    samples = build(path=str(tmp_path)).samples()
+    assert {sample.id: sample.persona.description for sample in samples} == {"1": "", "4": "young", "5": "old"}
 
 
 def test_questions_of_a_context_follow_each_other_and_share_their_beginning(tmp_path):
