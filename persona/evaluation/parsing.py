@@ -8,7 +8,7 @@ are looked for in this order, and the first place that holds one decides:
 2. a final answer is announced ("the final score is 4", "最终答案：B", "[[4]]", "\\boxed{B}", "<answer>B</answer>");
 3. an answer is announced ("Score: 4", "the answer is B");
 4. the reply begins with the choice ("B) because ..."), or a line holds nothing but the answer;
-5. the reply mentions one answer only ("I'd say 4", "I prefer response A"), negated ones left aside.
+5. running text gives it ("I'd say 4", "I prefer response A", "not B but A") and mentions no other.
 """
 
 from __future__ import annotations
@@ -132,6 +132,12 @@ _NUMBER = re.compile(
     rf"(?P<more>\s*(?:[-–—~,/&+*=]|\b(?:to|or|and)\b|[至到或])\s*[0-9]+)?",
     flags=re.I,
 )
+# What makes a number in running text the answer.
+_GIVEN = re.compile(
+    r"(?:\b(?:say|give|gives|gave|given|rate|rated|score|scored|grade|graded|assign|award|deserves?|earns?|rating|settle\s+(?:on|for))"
+    r"\b[^.!?\n]{0,40}|[:=]\s*)$",
+    flags=re.I,
+)
 _UNIT = r"(?:\s*(?:%|分|星|points?|stars?))?"
 
 
@@ -180,7 +186,15 @@ def _read_number(text: str, low: float, high: float, after: str | None, whole: b
             raise Unreadable(f"no number stands after {after!r}")
         return read(found)
     scale = rf"{_BEFORE}{low:g}\s*(?:[-–—~]|to|and|至|到)\s*{high:g}{_AFTER}|\b{high:g}[- ](?:point|star)(?=\s+scale)"
-    found = behind(_FINAL) or behind(_ANNOUNCED) or list(_NUMBER.finditer(re.sub(scale, " ", text, flags=re.I)))
+    found = behind(_FINAL) or behind(_ANNOUNCED)
+    if not found:
+        text = re.sub(scale, " ", text, flags=re.I)
+        found = list(_NUMBER.finditer(text))
+        given = [
+            one for one in found if "/" in one.group() or _GIVEN.search(text[max(0, one.start() - 60) : one.start()])
+        ]
+        if found and not given:
+            raise Unreadable("numbers are mentioned, none of them as the answer")
     if not found:
         raise Unreadable("no number")
     return read(found)
@@ -213,9 +227,15 @@ _DENIED = re.compile(
     r"|\s+(?:\w+ly\s+)?(?:wrong|incorrect|false|worse|inferior|weaker|bad)\b)|\bcannot\b|不对|不是|不好|错)",
     flags=re.I,
 )
-_NAMED = re.compile(
-    rf"(?:{_CALLED}\s+|(?:选项|回答|答案|选择|选|回复|是)\s*|[(\[]|\b(?:choose|chose|pick|prefer|select|selected|favou?r"
-    r"|go(?:es|ing)?\s+with|say|but|is)\s+)[\"'(\[]*$",
+_CHOSEN = re.compile(
+    r"(?:\b(?:choose|chose|pick|prefer|select|selected|favou?r|go(?:es|ing)?\s+with|opt\s+for|vote\s+for|say|is)\s+|选择?|是)"
+    rf"\s*(?:the\s+)?(?:{_CALLED}\s*)?[\"'(\[]*$",
+    flags=re.I,
+)
+_BUT = re.compile(rf"(?:\bbut|而是?)\s*(?:{_CALLED}\s*)?[\"'(\[]*$", flags=re.I)
+_WINS = re.compile(
+    r"[\"')\]]*\s*(?:\bwins\b|\b(?:is|was)\s+(?:(?:\w+ly|the|much|my)\s+)*"
+    r"(?:better|best|correct|right|preferable|preferred|superior|stronger|strongest|winner|choice|answer)\b|更好|最好|正确)",
     flags=re.I,
 )
 _GOES_ON = set("because since as due over rather not for which is was has does but".split())
@@ -233,7 +253,8 @@ class _Choices(Generic[Answer]):
             raise ValueError(f"choices have to be there, and to differ in more than case: {list(spellings)}")
         longest_first = sorted(self.answers, key=len, reverse=True)
         one = "|".join(r"\s+".join(map(re.escape, key.split())) for key in longest_first)
-        self.one = rf"(?<![A-Za-z0-9_])(?<![0-9][.,])(?P<one>{one})(?![A-Za-z0-9_]|[-']\w|[.,][0-9])"
+        whole = r"(?<![A-Za-z0-9_])(?<!\b(?:non|dis)-)(?<!\bun-)(?<![0-9][.,])"
+        self.one = rf"{whole}(?P<one>{one})(?![A-Za-z0-9_]|[-']\w|[.,][0-9])"
 
     @staticmethod
     def _key(text: str) -> str:
@@ -270,7 +291,7 @@ def _one_answer(known: _Choices[Answer], matches: Sequence[re.Match[str]]) -> An
     return _agreed(answers, "answers")
 
 
-def _read_choice(text: str, known: _Choices[Answer], in_prose: bool) -> Answer:
+def _read_choice(text: str, known: _Choices[Answer]) -> Answer:
     called = rf"\W*+(?:{_CALLED}\W*+)?"
     alone = re.fullmatch(rf"{called}{known.one}\W*", text, flags=re.I)
     if alone:
@@ -281,45 +302,47 @@ def _read_choice(text: str, known: _Choices[Answer], in_prose: bool) -> Answer:
         if announced:
             return _one_answer(known, announced)
     lines = [line for line in text.splitlines() if line.strip()]
-    opening = rf"{called}{known.one}[\"')\]]*\s*(?:[.:;,!)](?=\s|$)|[-–—]\s|$)"
+    # "Response A: ..." opens a discussion, not a verdict; of several lines, so does "Option A: ..."
+    prefix = r"\W*+(?:(?:\b(?:option|choice|letter)\b|选项|选择|选)\W*+)?" if len(lines) == 1 else r"\W*+"
+    opening = rf"{prefix}{known.one}[\"')\]]*\s*(?:[.:;,!)](?=\s|$)|[-–—]\s|$)"
     opened = [re.match(opening, line, flags=re.I) for line in lines]
-    whole = [re.fullmatch(rf"{called}{known.one}\W*", line, flags=re.I) for line in lines]
+    whole = [re.fullmatch(rf"{prefix}{known.one}\W*", line, flags=re.I) for line in lines]
     given = [m for m in (opened[0], *whole) if m and not _DENIED.match(m.string[m.end("one") :].lstrip(".:;,!)"))]
     if given:
         # "Yes, but no."
         ending = re.search(rf"{known.one}[.!?]*$", lines[0], flags=re.I) if opened[0] else None
         others = [match for match in (*opened, ending) if match and not (match is ending and _letter(match))]
         return _one_answer(known, [*given, *others])
-    if not in_prose:
+    if "no" in known.answers:
         raise Unreadable("no answer is announced")
     return _mentioned(text, known)
 
 
 def _mentioned(text: str, known: _Choices[Answer]) -> Answer:
-    """The only choice that running text names and does not deny. Raises Unreadable."""
-    named, possible, denied = [], [], 0
+    """The choice that running text makes, where no other is so much as mentioned. Raises Unreadable.
+
+    A word is made by being said ("I partially agree with that"); a letter or number has to be chosen or win.
+    """
+    chosen, mentioned, denied = [], [], 0
     for match in known.find(text):
         start = match.start("one")
         before, behind = text[max(0, start - 60) : start], text[match.end("one") :][:60]
-        name = _NAMED.search(before)
-        opens = not text[:start].strip() or text[:start].rstrip(" ")[-1] in ".!?\n"
+        called = re.search(rf"{_CALLED}\s*[\"'(\[]*$", before, flags=re.I)
+        stands, opens = _stands_for_itself(match, bool(called)), text[:start].strip()[-1:] in ".!?"
         if _NEGATED.search(before) or _DENIED.match(behind):
             denied += 1
-        elif _DOUBTED.search(before):  # "B is not better than A" says little, and "I doubt it is B" nothing
-            possible.append(match)
-        elif not _letter(match):
-            named.append(match)
-        elif name and _stands_for_itself(match, bool(re.search(_CALLED, name.group(), flags=re.I))):
-            named.append(match)
-        elif match["one"].islower() or match["one"] == "I":
-            continue
-        elif opens and re.match(r"\s+(?:is|was|has|because)\b", behind):
-            named.append(match)
-        elif not opens:
-            possible.append(match)
-    if not named:
-        raise Unreadable("only choices that are not made are named" if denied else "no choice is named")
-    return _agreed([known.answer(match) for match in [*named, *possible]], "answers")
+        elif not _DOUBTED.search(before) and (
+            not _letter(match)
+            or (stands and _CHOSEN.search(before))
+            or (denied and stands and _BUT.search(before))
+            or (_WINS.match(behind) and (called or not match["one"].islower()))
+        ):
+            chosen.append(match)
+        elif (called and stands) or (match["one"].isupper() and match["one"] != "I" and not opens):
+            mentioned.append(match)
+    if not chosen:
+        raise Unreadable("only choices that are not made are named" if denied else "no choice is made")
+    return _agreed([known.answer(match) for match in [*chosen, *mentioned]], "answers")
 
 
 def parse_choice(text: str, choices: Sequence[str]) -> str:
@@ -328,7 +351,7 @@ def parse_choice(text: str, choices: Sequence[str]) -> str:
     "the answer is not B but A" gives A; "not A" gives nothing; the article "a" is no letter, nor is a letter inside a
     word. Raises Unreadable when no choice, or more than one, is given.
     """
-    return _read_choice(_clean(text), _Choices({choice: choice for choice in choices}), in_prose=True)
+    return _read_choice(_clean(text), _Choices({choice: choice for choice in choices}))
 
 
 _YES_NO = {
@@ -342,7 +365,7 @@ def parse_yes_no(text: str) -> bool:
 
     A "no" in running text ("there is no doubt") is no answer. Raises Unreadable.
     """
-    return _read_choice(_clean(text), _Choices(_YES_NO), in_prose=False)
+    return _read_choice(_clean(text), _Choices(_YES_NO))
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
@@ -369,11 +392,12 @@ def _read_json(text: str, kind: type, called: str) -> Any:
         raise Unreadable("the JSON is nested too deeply") from None
     if not found:
         raise Unreadable("no JSON")
-    if len(found) > 1:
-        raise Unreadable(f"{len(found)} different pieces of JSON")
-    if not isinstance(found[0], kind):
+    fitting = [value for value in found if isinstance(value, kind)]  # "[1]" beside an object is a footnote
+    if not fitting:
         raise Unreadable(f"the JSON is not {called}")
-    return found[0]
+    if len(fitting) > 1:
+        raise Unreadable(f"{len(fitting)} different pieces of JSON")
+    return fitting[0]
 
 
 def _all_json(text: str) -> list[Any]:

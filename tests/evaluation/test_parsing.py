@@ -95,7 +95,22 @@ def test_a_score_without_a_phrase(reply, score):
     assert parse_integer(reply, 1, 5) == score
 
 
-@pytest.mark.parametrize("reply", ["4.5", "-1", "10", "3/3", "I'd give 3 or 4", "4th", "GPT-4", "Rating: ★★★★", "2+2"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "4.5",
+        "-1",
+        "10",
+        "3/3",
+        "I'd give 3 or 4",
+        "4th",
+        "GPT-4",
+        "Rating: ★★★★",
+        "2+2",
+        "It names 3 facts",
+        "It names 3 facts: the",
+    ],
+)
 def test_no_score_without_a_phrase(reply):
     with pytest.raises(Unreadable):
         parse_integer(reply, 1, 5)
@@ -110,7 +125,7 @@ def test_numbers_with_fractions_and_signs():
     assert parse_integer("Score: −1", -2, 2) == -1  # a minus sign, not a hyphen
     assert parse_integer("Score - 1", -2, 2) == 1
     with pytest.raises(Unreadable, match="not on the scale from 0 to 1"):
-        parse_number("nothing but 1.01", 0, 1)
+        parse_number("I give it 1.01.", 0, 1)
 
 
 # --- choices ------------------------------------------------------------------------------------------------------
@@ -134,6 +149,10 @@ LETTERS = ("A", "B", "C", "D")
         ("The answer is B, not A.", "B"),
         ("B) Paris", "B"),
         ("B. Response A fails the second test.", "B"),
+        ("Option B. Paris", "B"),
+        ("Option 2: no", None),
+        ("Response B wins.", "B"),
+        ("Response A is clearly the best.", "A"),
         ("B\n\nExplanation: Response A is bad.", "B"),
         ("Let me see.\n\nB", "B"),
         ("I prefer response A.", "A"),
@@ -152,7 +171,12 @@ LETTERS = ("A", "B", "C", "D")
         ("我选B，因为更好。", "B"),
         ("答案不是B而是A", "A"),
         ("最终答案是（C）", "C"),
-        # nothing, or no telling
+        # nothing, or no telling; cut off before the verdict, too
+        ("Response A is a well written reply that", None),
+        ("Response A: it is well written.\nIt", None),
+        ("**Response A**\nIt has two flaws.", None),
+        ("Option A: Paris is a city.\nIt", None),
+        ("Response A has 2 flaws.", None),
         ("Not A.", None),
         ("The answer is not B.", None),
         ("I don't think the answer is B.", None),
@@ -211,6 +235,12 @@ def test_words_are_found_whole_and_the_longest_first(reply, stance):
 
 def test_other_choices():
     assert parse_choice("我不同意", ("同意", "不同意")) == "不同意"
+    assert parse_choice("It reads human to me.", ("human", "machine")) == "human"
+    for reply in ("It reads non-human to me.", "It is not human.", "Human or machine?"):
+        with pytest.raises(Unreadable):
+            parse_choice(reply, ("human", "machine"))
+    with pytest.raises(Unreadable):
+        parse_choice("There is no doubt.", ("yes", "no", "maybe"))
     assert parse_choice("I pick 1.", ("1", "2")) == "1"
     assert parse_choice("答案：是", ("是", "否")) == "是"
     with pytest.raises(Unreadable):
@@ -263,6 +293,7 @@ def test_yes_or_no(reply, answer):
         ('{"a": "x "y" z"}', {"a": 'x "y" z'}),
         ('<think>{"a": 2}</think>{"a": 1}', {"a": 1}),
         ('{"a": 1}\nAgain: {"a": 1}', {"a": 1}),
+        ('As told [1]: {"a": 1}', {"a": 1}),
         ('{"a": "**bold** stays"}', {"a": "**bold** stays"}),
     ],
 )
