@@ -26,6 +26,7 @@ def evaluate(cfg: EvaluateConfig) -> Path:
 
     from persona.benchmarks import BENCHMARKS, OVER_PEOPLE
     from persona.evaluation import report
+    from persona.evaluation.judge_gate import warn_unless_passed
     from persona.evaluation.table import print_table
 
     # Before an LM is loaded, as it chooses this process's GPU. Without one, every process that torchrun starts would
@@ -34,12 +35,16 @@ def evaluate(cfg: EvaluateConfig) -> Path:
     root = Path(cfg.output) / "evaluation"
     configs = [cfg.benchmark]
     if cfg.benchmark.name == "all":
-        changes = {key: value for key in ("limit", "seed") if (value := getattr(cfg.benchmark, key))}
+        changes = {key: value for key, value in vars(cfg.benchmark).items() if key != "name" and value is not None}
         configs = [replace(load_config("evaluate", [f"benchmark={name}"]).benchmark, **changes) for name in BENCHMARKS]
     folder = root / cfg.benchmark.name if len(configs) == 1 else root
     players = Players(cfg)
     people = players.data(cfg.data) if any(config.name in OVER_PEOPLE for config in configs) else None
     benchmarks = [players.benchmark(config, people) for config in configs]
+    if any("judge" in benchmark.needs for benchmark in benchmarks):
+        asked = {"endpoint": lambda role: role.endpoint.model, "local": lambda role: role.model.path}
+        for line in warn_unless_passed([asked[r.kind](r) for r in cfg.judge.values() if r.kind in asked], "outputs"):
+            logger.warning(line)
     stacks, own = players.stacks()
     save_run_files(folder, cfg)
     for config, benchmark in zip(configs, benchmarks, strict=True):

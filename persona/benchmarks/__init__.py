@@ -55,10 +55,13 @@ class FileBenchmarkConfig(BenchmarkConfig):
 
 
 @dataclass
-class AllConfig(BenchmarkConfig):
-    """Every benchmark there is, each with its own defaults; `limit` holds for all."""
+class AllConfig:
+    """Every benchmark there is, each with its own defaults; what is set here holds for all of them."""
 
     name: str = "all"
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    seed: int | None = None
 
 
 def build(config: BenchmarkConfig, people: People | None = None) -> Any:

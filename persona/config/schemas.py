@@ -111,7 +111,7 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     PersonaEvalConfig: {"mode": ("text", "likelihood")},
     PersonaFeedbackConfig: {"mode": ("answer", "likelihood", "reward"), "access": ("profile", "none")},
     PersonaMemConfig: {"mode": ("discriminative", "generative"), "size": ("32k", "128k", "1M")},
-    RMTBenchConfig: {"language": ("en", "zh")},
+    RMTBenchConfig: {"language": ("en", "zh"), "compat": (None,)},
 }
 POSITIVE: dict[type, tuple[str, ...]] = {
     ModelConfig: ("batch_size",),
