@@ -239,7 +239,7 @@ def test_a_judge_that_is_readable_in_one_order_only_does_not_count():
     assert [verdict.value for verdict in pair.verdicts] == ["A", "A", None, "A"]  # by order, then by judge
     alone = asyncio.run(compare([half], PAIR, "much longer", "short"))
     assert (alone.value, alone.values) == (None, {})
-    assert alone.reason == "no judge is readable in both orders: no choice is named"
+    assert alone.reason == "no judge is readable in both orders: no choice is made"
 
 
 def test_other_slots_and_answers():
