@@ -107,6 +107,9 @@ def read_answer(reply: str) -> str:
 
 
 def _one_letter(text: str) -> str:
+    bracketed = set(re.findall(r"(?<!not )\(([a-d])\)", text.lower()))
+    if len(bracketed) == 1:
+        return bracketed.pop()  # as the options are written: nobody means anything else by it
     if re.fullmatch(r"(?:\W*\b[a-d]\b)+\W*", text.lower()) and len(_letters(text)) > 1:
         raise Unreadable(f"several letters and nothing else: {text.strip()!r:.40}")
     return parse_choice(text, LETTERS)

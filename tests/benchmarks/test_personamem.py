@@ -64,6 +64,8 @@ GOLDEN = [
     ("I'd pick c", False, True),  # nor is the end of "I'd"
     ("<think>not (a), rather (b)?</think> (c)", False, True),
     ("<think>perhaps <final_answer> d</final_answer></think> So (c)", True, True),  # an answer only thought of
+    ("Not (a), so (c)", False, True),
+    ("Surely not (c)", True, False),
     ("I first took (c). <final_answer> (d)", False, False),
     ("b) c)", False, False),
     ("", False, False),
