@@ -228,7 +228,8 @@ _DENIED = re.compile(
     flags=re.I,
 )
 _CHOSEN = re.compile(
-    r"(?:\b(?:choose|chose|pick|prefer|select|selected|favou?r|go(?:es|ing)?\s+with|opt\s+for|vote\s+for|say|is)\s+|选择?|是)"
+    r"(?:\b(?:choose|chose|pick|prefer|select|selected|favou?r|go(?:es|ing)?\s+with|opt\s+for|vote\s+for|say|is|so|thus|therefore|hence)[,:]?\s+"
+    r"|选择?|是)"
     rf"\s*(?:the\s+)?(?:{_CALLED}\s*)?[\"'(\[]*$",
     flags=re.I,
 )
@@ -329,6 +330,7 @@ def _mentioned(text: str, known: _Choices[Answer]) -> Answer:
         before, behind = text[max(0, start - 60) : start], text[match.end("one") :][:60]
         called = re.search(rf"{_CALLED}\s*[\"'(\[]*$", before, flags=re.I)
         stands, opens = _stands_for_itself(match, bool(called)), text[:start].strip()[-1:] in ".!?"
+        bracketed = before[-1:] in ("(", "[") and behind[:1] in (")", "]")
         if _NEGATED.search(before) or _DENIED.match(behind):
             denied += 1
         elif not _DOUBTED.search(before) and (
@@ -336,9 +338,10 @@ def _mentioned(text: str, known: _Choices[Answer]) -> Answer:
             or (stands and _CHOSEN.search(before))
             or (denied and stands and _BUT.search(before))
             or (_WINS.match(behind) and (called or not match["one"].islower()))
+            or (bracketed and not re.search(r"\w", text[match.end("one") :]))  # the last word: "... it is yours (c)."
         ):
             chosen.append(match)
-        elif (called and stands) or (match["one"].isupper() and match["one"] != "I" and not opens):
+        elif bracketed or (called and stands) or (match["one"].isupper() and match["one"] != "I" and not opens):
             mentioned.append(match)
     if not chosen:
         raise Unreadable("only choices that are not made are named" if denied else "no choice is made")
