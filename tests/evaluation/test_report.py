@@ -13,8 +13,10 @@ from persona.evaluation.charts import scale
 from persona.evaluation.comparison import compare
 from persona.evaluation.episodes import run_benchmark
 from persona.evaluation.report import main, write_report
-from persona.evaluation.results import Plots, Point, load_run, write_plots
+from persona.evaluation.results import Attention, Plots, Point, load_run, write_plots
 from persona.evaluation.sections import history_bins
+from persona.evaluation.statistics import Metric
+from persona.types import HistoryItem, Message, Persona, Score, Verdict
 
 TWO = {"untouched": 0.3, "Persona-Plug": 0.6}
 EMPTY = {"meta", "link", "input", "br", "hr", "img", "wbr"}
@@ -128,23 +130,55 @@ def test_each_colour_that_is_used_is_defined_in_both_themes(text):
     assert all(text.count(f"--{name}:") == 2 for name in used)
 
 
-def test_hostile_text_stays_text(tmp_path):
-    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}"
+EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}"\' onmouseover="alert(3) --><!-- ]]>'
 
+
+def hostile_verdict(name, value=None):
+    return Verdict(name, EVIL, "0" * 12, value, EVIL if value is None else "", EVIL)
+
+
+def test_hostile_text_stays_text_wherever_it_stands(tmp_path):
     class Hostile(Voices):
+        metrics = {EVIL: Metric(description=EVIL), "voice": Metric()}
+        primary = EVIL
+
         def samples(self):
             first = super().samples()[0]
-            return [replace(first, id=evil, target=evil, persona=replace(first.persona, id=evil, description=evil))]
+            persona = Persona(EVIL, EVIL, history=(HistoryItem("1", EVIL, EVIL),))
+            message = (Message(EVIL, EVIL),)
+            given = {"messages": message, "target": EVIL, "persona": persona, "options": (EVIL, "b"), "task": EVIL}
+            return [replace(first, id=EVIL + mark, **given) for mark in "ab"]
+
+        def groups(self, sample):
+            return {EVIL: EVIL}
 
         async def episode(self, sample, roles):
-            return replace(await super().episode(sample, roles), raw=evil)
+            verdicts = tuple(hostile_verdict(EVIL + judge, value) for judge in "ab" for value in (None, EVIL, "x"))
+            values = {EVIL: 1.0, "voice": 0.0} if sample.id.endswith("a") else {}
+            return Score(values, EVIL, EVIL, verdicts, (Message(EVIL, EVIL),))
 
-    run_benchmark(Hostile(), ToyModel(), tmp_path / "a", stack=evil, settings={evil: evil}, progress=False)
-    write_plots(tmp_path / "a", Plots(points=(Point(0, 0, evil, evil), Point(1, 1, "b", "b"))))
-    text = write_report([tmp_path / "a"], tmp_path / "report.html", title=evil).read_text()
+    Hostile.name = EVIL
+    for number, stack in enumerate((EVIL, EVIL + "2")):
+        place = tmp_path / str(number)
+        run_benchmark(Hostile(), ToyModel(), place, stack=stack, settings={EVIL: EVIL * number}, progress=False)
+        summary = json.loads((place / "summary.json").read_text())
+        summary["environment"] = {EVIL: EVIL, "usage": {EVIL: {EVIL: 1.0}}}
+        (place / "summary.json").write_text(json.dumps(summary))
+        write_plots(
+            place, Plots((Attention(EVIL, EVIL, ((EVIL, 1.0),)),), (Point(0, 0, EVIL, EVIL), Point(1, 1, "", "")))
+        )
+    text = write_report([tmp_path], tmp_path / "report.html", title=EVIL).read_text()
     page = Page(text)
     assert "<img" not in text and "49" not in re.sub(r"\d\.\d+|#[0-9a-f]+", "", text.split("<main>")[0])
     assert [tag for tag, _ in page.tags].count("script") == 2
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert "innerHTML" not in text and "insertAdjacentHTML" not in text and "document.write" not in text
+    (book,) = books(text)
+    sample = book["samples"][0]
+    assert sample["id"] == EVIL + "a" and sample["replies"][0]["verdicts"][1]["value"] == EVIL
+    # Everything was drawn: it stands there, escaped, in every section.
+    for heading in ("overview", "benchmark-1", "attention", "embeddings", "runs"):
+        assert "&lt;img src=x onerror=alert(2)&gt;" in section(text, heading).replace("<wbr>", "")
 
 
 def test_one_run_alone_one_cluster_no_history(tmp_path):
