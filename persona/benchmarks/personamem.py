@@ -55,7 +55,9 @@ TYPES = (
     "provide_preference_aligned_recommendations",
     "generalize_to_new_scenarios",
 )
-# Labels of earlier releases, which the released files still hold (personamem note 3.1).
+# Labels of earlier releases, which the released files still hold (personamem note 3.1). Published figures keep the two
+# labels of facts in the 32k file apart, and call recall_user_shared_facts there "Acknowledge Latest User Preference"
+# and recalling_facts_mentioned_by_the_user "Recall User Shared Facts" (the authors' issue 29): compare by label.
 ALIASES = {
     "recalling_facts_mentioned_by_the_user": TYPES[0],
     "identifying_new_things_not_mentioned_by_the_user": TYPES[1],
@@ -443,8 +445,8 @@ def score(
 
     Unreadable and missing answers are wrong. compat="reference" reads replies as `grade` says, leaves questions
     without a prediction out, as the published loop does with calls that failed, and takes the mean over labels as
-    they stand in the file, by which published figures were made. Raises UserError for ids that no question has, and
-    when nothing is left to score.
+    they stand in the file, which is what the authors give as accuracy (their issues 28 and 29). Raises UserError for
+    ids that no question has, and when nothing is left to score.
     """
     known = {question.id for question in questions}
     if spare := [id for id in predictions if id not in known]:
