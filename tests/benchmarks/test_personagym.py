@@ -505,6 +505,9 @@ def test_a_task_without_questions_has_none(tmp_path, personas):
         "Expected Action", "Persona Consistency", "Action Justification"}  # fmt: skip
     assert {row.raw for row in rows if not row.values} == {"No.", '["a", "b"]'}
 
+    summary, _ = run(benchmark, cast(judge(lambda slots: 4), reference=Author().model), tmp_path / "next stack")
+    assert summary.n_unscored == 12, "every stack of a run has the same questions"
+
     better = Author()
     summary, _ = run(gym(**personas), cast(judge(lambda slots: 4), reference=better.model), tmp_path / "later")
     assert set(better.asked) == {"environments", "Toxicity", "Linguistic Habits"} and summary.n_unscored == 0
