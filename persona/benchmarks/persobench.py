@@ -352,7 +352,8 @@ class PersoBench(Benchmark):
         return json.dumps({"response": self._commonest})
 
     def chance(self, sample: Sample, rng: random.Random) -> str:
-        return json.dumps({"response": rng.choice(self._samples).target})
+        others = [other.target for other in self._samples if other.id != sample.id] or [sample.target]
+        return json.dumps({"response": rng.choice(others)})
 
     def reply(self, text: str) -> str | None:
         """The reply in a model's output, by the rule that this run goes by."""

@@ -5,6 +5,7 @@ import csv
 import json
 import logging
 from pathlib import Path
+from random import Random
 
 import nltk
 import pytest
@@ -366,6 +367,9 @@ def test_trivial_answers_are_readable_and_different(tmp_path, nltk_data):
     random = values(run(made, Trivial("random"), tmp_path / "random")[0])
     assert constant["invalid"] == random["invalid"] == 0
     assert constant["rouge1"] < 0.5 and constant["rouge1"] != random["rouge1"]
+    few = benchmark(limit=2)
+    said = {json.loads(few.chance(few.samples()[0], Random(seed)))["response"] for seed in range(9)}
+    assert said == {few.samples()[1].target}, "another sample's reply, never its own"
 
 
 def test_the_official_tables_and_files(bees, tmp_path, nltk_data):
