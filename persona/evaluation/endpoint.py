@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 from persona.errors import UserError
 from persona.evaluation.budget import Account, Pace, estimate_tokens
-from persona.evaluation.episodes import Unscored
+from persona.evaluation.judging import Unscored
 from persona.evaluation.reply_cache import ReplyCache, reply_key
 from persona.types import Request, Response
 
