@@ -28,8 +28,8 @@ import persona
 from persona.errors import UserError
 from persona.evaluation.budget import estimate_tokens
 from persona.evaluation.endpoint import Endpoint, EndpointConfig, PersonalizedEndpoint, _retry_after
-from persona.evaluation.episodes import Benchmark, Cast, Unscored, run_benchmark
-from persona.evaluation.judging import Rubric, Unreadable
+from persona.evaluation.episodes import Benchmark, Cast, run_benchmark
+from persona.evaluation.judging import Rubric, Unreadable, Unscored
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.reply_cache import ReplyCache
 from persona.evaluation.results import read_rows
