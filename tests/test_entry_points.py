@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evaluate import evaluate
+from persona.benchmarks import BENCHMARKS
 from persona.config import load_config
 from persona.errors import UserError
 from persona.evaluation.results import read_rows, read_summary
@@ -331,6 +332,32 @@ def test_evaluation_downloads_nothing(tmp_path, offline):
     assert all(len(read_rows(folder / stack / "samples.jsonl")) == 6 for stack in stacks)
     assert "bm25 4" in done.stdout and "voice" in done.stdout and (folder / "report.html").stat().st_size > 10_000
     assert json.loads((folder / "meta.json").read_text())["command"][0] == "evaluate.py"
+
+
+# ---- every benchmark -----------------------------------------------------------------------------------------------
+
+
+def test_every_benchmark_is_measured_by_one_command(tmp_path):
+    """On the samples that come with the package, with a judge that draws its verdicts; one report over all."""
+    cfg = load_config(
+        "evaluate", ["benchmark=all", "benchmark.limit=2", "benchmark.max_new_tokens=8", "judge=random", "name=all"]
+    )
+    cfg.output = str(tmp_path)
+    folder = evaluate(cfg)
+    assert {path.parent.parent.name for path in folder.glob("*/untouched/summary.json")} == set(BENCHMARKS)
+    for path in folder.glob("*/*/samples.jsonl"):
+        rows = read_rows(path)
+        assert rows and all(row.values or row.reason for row in rows), path
+    assert all(name in (folder / "report.html").read_text() for name in BENCHMARKS)
+
+
+def test_a_missing_role_is_one_sentence_before_anything_runs(tmp_path):
+    for name in ("personagym", "rmtbench", "all"):
+        cfg = load_config("evaluate", [f"benchmark={name}"])
+        cfg.output = str(tmp_path)
+        with pytest.raises(UserError, match="needs a judge: choose one with judge=endpoint, say"):
+            evaluate(cfg)
+    assert not list(tmp_path.rglob("samples.jsonl"))
 
 
 # ---- two processes -------------------------------------------------------------------------------------------------

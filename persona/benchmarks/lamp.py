@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -218,7 +219,11 @@ class LaMP(Benchmark):
 
     def __init__(self, people: People, config: PeopleBenchmarkConfig):
         self.config, self.tasks = config, people.tasks
-        self._samples = list(people.split(config.split))[: config.limit]
+        # The town's people also have a task that only the oracle can score.
+        measured = (sample for sample in people.split(config.split) if self.tasks[sample.task].metrics)
+        self._samples = list(islice(measured, config.limit))
+        if not self._samples:
+            raise UserError(f"the {config.split} split has no sample of a task that LaMP's metrics are for")
         bare = [sample.id for sample in self._samples if not sample.target]
         if bare:
             raise UserError(f"{len(bare)} samples of the {config.split} split have no gold, the first is {bare[0]}")
