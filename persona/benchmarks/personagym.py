@@ -335,7 +335,10 @@ class PersonaGym(Benchmark):
         self._failed: dict[tuple[str, str], tuple[str, str]] = {}  # reason and last reply
         self._warned = False
         said = "mean score from 1 to 5 over questions, each task weighing alike"
-        self.metrics = {"persona_score": Metric(description=said)}
+        of_tasks = Metric(
+            aggregate="group_mean", columns=("persona_score", "task"), classes=len(TASKS), description=said
+        )
+        self.metrics = {"persona_score": of_tasks}
         if self.grouped:
             self.prompts: Sequence[Prompt] = (ANSWER, OUTLINE, GRADE_GROUP.prompt)
             said = (
@@ -423,7 +426,7 @@ class PersonaGym(Benchmark):
         means = [statistics.fmean(values) for verdicts in judged if (values := _numbers(verdicts))]
         if not means:
             return replace(kept, reason="no judge gave a score that can be read")
-        scores = {"persona_score": statistics.fmean(means)}
+        scores = {"persona_score": statistics.fmean(means), "task": float(TASKS.index(item.task))}
         if self.grouped:
             scores["unparsed"] = statistics.fmean(_unparsed(verdict.raw, len(questions)) for verdict in kept.verdicts)
         else:

@@ -36,6 +36,7 @@ class Account:
 
     `requests` counts every try that was sent; `cached` replies that were not asked for again; `failed` questions left
     without a reply; `unreported` replies for which the server named no token counts, so that they are estimates.
+    Tokens are those of replies that arrived: what a server may charge for one that was cut off is not known here.
     """
 
     def __init__(

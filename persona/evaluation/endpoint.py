@@ -129,7 +129,7 @@ class Endpoint:
         self._resume = 0.0  # on the monotonic clock: until then the server wants no request from anyone
         self._length_name = "max_tokens"
         self._failures, self._answered, self._spoke = 0, False, -math.inf
-        self._to_check = False
+        self._to_check, self._checked = False, False
 
     @property
     def usage(self) -> dict[str, float]:
@@ -171,7 +171,9 @@ class Endpoint:
         With replies in the cache that waits for the first question which is not in it: what is there can be had
         without server and key.
         """
-        self._to_check = True
+        self._to_check = not self._checked  # once is enough for all stacks of a run
+        if not self._to_check:
+            return
         if self._cache is None or not len(self._cache):
             await self._check()
 
@@ -196,7 +198,7 @@ class Endpoint:
             pass
         if names is None or self.config.model not in names:
             await self._probe(names or [])
-        self._to_check = False
+        self._to_check, self._checked = False, True
 
     # ---- one question, tried until it is answered ------------------------------------------------------------------
 

@@ -189,7 +189,7 @@ def run_benchmark(
 
     done = {row.id for path in _parts(folder) for row in results.read_rows(path)}
     left = [sample for sample in samples[rank::world] if sample.id not in done]
-    started = time.monotonic()
+    started, before = time.monotonic(), cast.usage()
     writer = RowWriter(folder / ("samples.jsonl" if rank == 0 else f"samples.part{rank}.jsonl"))
     try:
         shown = progress and rank == 0 and bool(left)
@@ -201,7 +201,12 @@ def run_benchmark(
     if processes:
         processes.wait_for_everyone()
     if rank == 0:
-        spent = {"usage": usage} if (usage := cast.usage()) else {}
+        # Endpoints live on from run to run and count on.
+        usage = {
+            role: {key: round(value - before[role].get(key, 0), 9) for key, value in now.items()}
+            for role, now in cast.usage().items()
+        }
+        spent = {"usage": usage} if usage else {}
         _finish(
             folder, benchmark, samples, stack, settings, time.monotonic() - started, len(samples) - len(done), spent
         )
@@ -305,6 +310,8 @@ def _check(benchmark: Benchmark, samples: Sequence[Sample]) -> None:
         raise UserError(f'Benchmark "{benchmark.name}" has no samples.')
     for name, metric in benchmark.metrics.items():
         check_metric(name, metric)
+    if benchmark.primary and benchmark.primary not in benchmark.metrics:
+        raise UserError(f'Benchmark "{benchmark.name}" has no metric "{benchmark.primary}", its primary one.')
     seen: set[str] = set()
     for number, sample in enumerate(samples):
         if sample.id in seen:

@@ -54,12 +54,15 @@ class Roles:
     user_simulator: Speaker | None = None
     reference: Speaker | None = None
 
-    async def judge(self, rubric: Rubric, **slots: object) -> list[Verdict]:
+    async def judge(self, rubric: Rubric, /, **slots: object) -> list[Verdict]:
         """Every judge's verdict on the same question, asked at once, in the order of `judges`."""
         return list(await asyncio.gather(*(judge.ask(rubric, **slots) for judge in self.judges)))
 
     def check(self, benchmark: str, needs: Sequence[str]) -> None:
-        """Raise UserError when a role that `benchmark` needs is not taken."""
+        """Raise UserError when a role that `benchmark` needs is not taken, or two judges have one name."""
+        names = [judge.name for judge in self.judges]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"two judges are called {twice!r}: their verdicts could not be told apart")
         for role in needs:
             if not (self.judges if role == "judge" else getattr(self, role)):
                 raise UserError(f"benchmark {benchmark} needs a {role}: choose one with {role}=endpoint, say")

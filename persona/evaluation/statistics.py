@@ -27,8 +27,8 @@ class Metric:
     """How the values of many rows become one number.
 
     `aggregate` is a key of `AGGREGATES`. `columns` names the entries of `Score.values` it reads; empty means the one
-    entry named like the metric. `classes` is the number of labels for "macro_f1": a label that occurs nowhere still
-    counts as F1 = 0, as in LaMP's scorer.
+    entry named like the metric. `classes` is the number of labels for "macro_f1" (a label that occurs nowhere still
+    counts as F1 = 0, as in LaMP's scorer) or of groups for "group_mean".
     """
 
     higher_is_better: bool = True
@@ -99,9 +99,25 @@ def _ece(sums: np.ndarray) -> np.ndarray:
         return np.abs(sums[..., :-1]).sum(axis=-1) / sums[..., -1]
 
 
+def _group_mean_rows(columns: Sequence[np.ndarray], metric: Metric) -> np.ndarray:
+    if metric.classes is None:
+        raise UserError('A metric with aggregate "group_mean" needs `classes`, the number of groups; it is missing.')
+    member = columns[1][:, None] == np.arange(metric.classes)
+    return np.concatenate([member * columns[0][:, None], member], axis=-1).astype(np.float64)
+
+
+def _group_mean(sums: np.ndarray) -> np.ndarray:
+    totals, counts = np.split(sums, 2, axis=-1)
+    there = counts > 0
+    means = np.where(there, totals / np.where(there, counts, 1), 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return means.sum(axis=-1) / there.sum(axis=-1)
+
+
 AGGREGATES: dict[str, Aggregate] = {
     "mean": Aggregate(1, _mean_rows, _ratio),
     "rmse": Aggregate(2, _squared_error_rows, _root_ratio),  # columns: truth, prediction
+    "group_mean": Aggregate(2, _group_mean_rows, _group_mean),  # columns: value, group index; groups weigh alike
     "ratio": Aggregate(2, _ratio_rows, _ratio),  # columns: numerator, denominator (log p, tokens)
     "macro_f1": Aggregate(2, _f1_rows, _macro_f1),  # columns: true class index, predicted class index (-1: none)
     "ece": Aggregate(2, _ece_rows, _ece),  # columns: confidence in the answer given, correct (0 to 1)
@@ -260,7 +276,8 @@ def _swap_test(
 
     def hits(keep: np.ndarray) -> int:
         kept = keep.astype(np.float64) @ (a - b)
-        return int(np.sum(np.abs(finish(total_b + kept) - finish(total_a - kept)) >= threshold))
+        found = np.abs(finish(total_b + kept) - finish(total_a - kept))
+        return int(np.sum(~(found < threshold)))  # an undefined one speaks for no difference
 
     # Ties with the observed value must count although sums were taken in another order.
     threshold = abs(observed) - 1e-9 * max(1.0, abs(observed))

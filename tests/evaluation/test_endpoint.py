@@ -612,7 +612,9 @@ def test_a_model_that_the_server_does_not_have():
 
 def test_an_alias_that_the_server_does_not_list(caplog):
     with FaultServer(lambda seen: Answer(model="judge-7b:latest"), models=["judge-7b:latest"]) as server:
-        check(make(server))
+        endpoint = make(server)
+        check(endpoint)
+        check(endpoint)  # known from the first time
         assert len(server.seen) == 1 and "does not list the model judge-7b" in caplog.text
     with FaultServer(models=None) as server:  # and one that lists nothing at all
         check(make(server))

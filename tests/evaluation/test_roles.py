@@ -44,7 +44,7 @@ class Quiz(Benchmark):
 
 
 class Judged(Quiz):
-    name, needs = "judged", ("judge", "reference")
+    name, needs, primary = "judged", ("judge", "reference"), "grade"
     metrics = {"grade": Metric()}
 
     async def episode(self, sample, roles: Roles):

@@ -127,9 +127,18 @@ def test_holm_by_hand():
 
 
 def test_badly_declared_metrics_are_refused():
-    with pytest.raises(UserError, match='"median", which is none of ece, macro_f1, mean'):
+    with pytest.raises(UserError, match='"median", which is none of ece, group_mean, macro_f1, mean'):
         estimate(rows("x", [1]), ["a"], "x", Metric(aggregate="median"))
     with pytest.raises(UserError, match="names 1 columns; .* takes 2"):
         estimate(rows("x", [1]), ["a"], "x", Metric(aggregate="rmse"))
     with pytest.raises(UserError, match="needs `classes`"):
         estimate([{"t": 1.0, "p": 1.0}], ["a"], "f1", Metric(True, "macro_f1", ("t", "p")))
+
+
+def test_groups_weigh_alike_whatever_their_number_of_rows():
+    """By hand: means 2 and 5 of groups of three rows and one; the plain mean would be 2.75."""
+    values = [{"x": x, "g": g} for x, g in ((1.0, 0.0), (2.0, 0.0), (3.0, 0.0), (5.0, 2.0))]
+    metric = Metric(aggregate="group_mean", columns=("x", "g"), classes=3)
+    assert estimate(values, list("abcd"), "x", metric).value == pytest.approx(3.5)
+    with pytest.raises(UserError, match="needs `classes`"):
+        estimate(values, list("abcd"), "x", Metric(aggregate="group_mean", columns=("x", "g")))
