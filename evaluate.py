@@ -73,15 +73,14 @@ class Players:
     def _role(self, role: RoleConfig, name: str) -> Any:
         import persona
         from persona import lm
-        from persona.evaluation.endpoint import Endpoint, PersonalizedEndpoint
+        from persona.evaluation.endpoint import Endpoint
 
         if role.kind in ("random", "oracle") and name in ("reference", "user_simulator"):
             raise UserError(f"{name}.kind={role.kind} is for judges only: choose local or endpoint")
         if role.kind == "local":
             return persona.load(lm.load(role.model), role.personalizers, role.model.batch_size)
         if role.kind == "endpoint":
-            endpoint = Endpoint(role.endpoint)
-            return PersonalizedEndpoint(endpoint, role.personalizers) if role.personalizers else endpoint
+            return self._personalized(Endpoint(role.endpoint), role.personalizers, role.model)
         if role.kind == "random":
             from persona.evaluation.judging import random_judge
 
@@ -91,6 +90,18 @@ class Players:
 
             return OracleJudge()
         return None
+
+    def _personalized(self, endpoint: Any, stack: Sequence[Any], tokenizer: Any) -> Any:
+        """An endpoint under personalizers that act through the prompt. A server does not hand out its tokenizer, so
+        token budgets are counted in that of the local model `tokenizer`."""
+        from persona import lm
+        from persona.evaluation.endpoint import PersonalizedEndpoint
+        from persona.methods import load_personalizer
+
+        if not stack:
+            return endpoint
+        base = lm.load(tokenizer)
+        return PersonalizedEndpoint(endpoint, [load_personalizer(what, base) for what in stack])
 
     def data(self, config: Any) -> Any:
         from persona import data
@@ -111,10 +122,10 @@ class Players:
     def model(self, stack: Sequence[Any]) -> Any:
         """The base under a stack."""
         import persona
-        from persona.evaluation.endpoint import Endpoint, PersonalizedEndpoint
+        from persona.evaluation.endpoint import Endpoint
 
         if isinstance(self.base, Endpoint):
-            return PersonalizedEndpoint(self.base, stack) if stack else self.base
+            return self._personalized(self.base, stack, self.cfg.model)
         return persona.load(self.base, stack, self.cfg.model.batch_size)
 
     def stacks(self) -> tuple[dict[str, Any], str]:
@@ -191,7 +202,8 @@ def role_settings(role: RoleConfig) -> dict[str, Any]:
     if role.kind == "local":
         return {"kind": role.kind, "model": role.model.path, "dtype": role.model.dtype, "stack": role.personalizers}
     if role.kind == "endpoint":
-        return {"kind": role.kind, "model": role.endpoint.model, "base_url": role.endpoint.base_url}
+        server = {"model": role.endpoint.model, "base_url": role.endpoint.base_url}
+        return {"kind": role.kind, **server, "stack": role.personalizers}
     return {"kind": role.kind}
 
 

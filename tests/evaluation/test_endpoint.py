@@ -25,6 +25,8 @@ import pytest
 from fault_server import FAULTS, Answer, FaultServer, Seen
 
 import persona
+from evaluate import evaluate
+from persona.config import load_config
 from persona.errors import UserError
 from persona.evaluation.budget import estimate_tokens
 from persona.evaluation.endpoint import Endpoint, EndpointConfig, PersonalizedEndpoint, _retry_after
@@ -32,7 +34,7 @@ from persona.evaluation.episodes import Benchmark, Cast, run_benchmark
 from persona.evaluation.judging import Rubric, Unreadable, Unscored
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.reply_cache import ReplyCache
-from persona.evaluation.results import read_rows
+from persona.evaluation.results import read_rows, read_summary
 from persona.evaluation.roles import Parrot, Roles
 from persona.evaluation.statistics import Metric
 from persona.methods.prompt import Description, Retrieval, RetrievalConfig
@@ -714,6 +716,19 @@ def test_a_personalized_endpoint_is_measured_like_any_model(tmp_path):
             )
             assert summary.estimates["told"].value == told
             assert summary.environment["usage"]["model"]["requests"] == 3
+
+
+def test_the_command_measures_a_server_under_a_stack_and_lets_another_judge(tmp_path):
+    with FaultServer(models=("writer",)) as writer, FaultServer(lambda seen: Answer(text="4")) as grader:
+        given = ["benchmark=personagym", "benchmark.limit=3", "judge=endpoint", f"output={tmp_path}", "trivial=false"]
+        model = ["endpoint.model=writer", f"endpoint.base_url={writer.url}", "personalizers=[description]"]
+        judge = ["judge.endpoint.endpoint.model=judge-7b", f"judge.endpoint.endpoint.base_url={grader.url}"]
+        folder = evaluate(load_config("evaluate", [*given, *model, *judge]))
+    rows = read_rows(folder / "description" / "samples.jsonl")
+    assert len(rows) == 3 and {verdict.judge for row in rows for verdict in row.verdicts} == {"judge-7b"}
+    settings = read_summary(folder / "description").settings
+    assert settings["model"] == {"endpoint": "writer", "base_url": writer.url}
+    assert settings["stack"][0][0] == "description" and settings["judge"]["endpoint"]["model"] == "judge-7b"
 
 
 @pytest.mark.parametrize("door", ["embeddings", "modules"])
