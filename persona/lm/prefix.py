@@ -117,11 +117,14 @@ def can_share(base: BaseLM) -> bool:
     rotary angles that do not depend on the length of the whole sequence."""
     if base.is_encoder_decoder:
         return False
-    layers = DynamicCache(config=base.model.config).layers
     rope = str(getattr(base.model.config.get_text_config(decoder=True), "rope_parameters", None))
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers) and not any(
-        kind in rope for kind in ("'dynamic'", "'longrope'")
-    )
+    by_length = any(kind in rope for kind in ("'dynamic'", "'longrope'"))
+    return is_plain(DynamicCache(config=base.model.config)) and not by_length
+
+
+def is_plain(cache: DynamicCache) -> bool:
+    """Whether each layer holds keys and values of columns, and nothing else."""
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
 def _symbols(rows: Sequence[Row]) -> list[list[int]]:

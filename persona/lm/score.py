@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from persona.lm.batch import Edit, Row, assemble, entered
 from persona.lm.load import BaseLM
-from persona.lm.prefix import Shared
+from persona.lm.prefix import Shared, is_plain
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def _score_batch(
         if width == 1:
             logits = first
         else:
-            cache.batch_select_indices(expand)
+            _lend(cache, expand)
             known = targets[:, :-1]
             real = (known != -100).long()
             last = inputs.positions[expand][:, -1:]
@@ -111,3 +111,29 @@ def _score_batch(
     logps = logits.float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0].cpu()
     for k, option in enumerate(options):
         result[option_rows[k]].append(logps[k, : len(option)].clone())
+
+
+def _lend(cache: DynamicCache, rows: Tensor) -> None:
+    """For one more forward: its row k continues the cache's row rows[k].
+
+    Prompts are copied to their options in one layer at a time, while it is computed: all layers at once would take
+    options x prompts of memory.
+    """
+    if not is_plain(cache):
+        cache.batch_select_indices(rows)
+        return
+    for layer in cache.layers:
+
+        def update(keys: Tensor, values: Tensor, *_, layer=layer) -> tuple[Tensor, Tensor]:
+            return _behind(layer.keys, keys, rows), _behind(layer.values, values, rows)
+
+        layer.update = update
+
+
+def _behind(known: Tensor, new: Tensor, rows: Tensor) -> Tensor:
+    """[B, heads, C, d] and [K, heads, T, d] → [K, heads, C + T, d]: known[rows[k]], then new[k]; copied once."""
+    columns = known.shape[2]
+    both = new.new_empty((*new.shape[:2], columns + new.shape[2], new.shape[3]))
+    torch.index_select(known, 0, rows.to(known.device), out=both[:, :, :columns])  # layers may be spread over devices
+    both[:, :, columns:] = new
+    return both

@@ -65,6 +65,21 @@ def test_many_options_do_not_overfill_a_batch(llama):
         assert torch.allclose(torch.stack(a), torch.stack(b), atol=1e-4)
 
 
+def test_prompts_are_copied_to_their_options_one_layer_at_a_time(llama):
+    """While the options are computed, the cache of all layers keeps one row per prompt."""
+    rows = [row(llama, text) for text in PROMPTS[:2]]
+    caches = []
+    handle = llama.model.register_forward_pre_hook(
+        lambda module, args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
+    )
+    try:
+        lm.score(llama, rows, [[[5, 6], [7, 8], [9, 10]]] * 2, no_edit)
+    finally:
+        handle.remove()
+    assert caches[0] is caches[1]
+    assert [layer.keys.shape[0] for layer in caches[1].layers] == [2, 2]
+
+
 def test_rows_without_continuations_are_empty(llama):
     rows = [row(llama, text) for text in PROMPTS[:3]]
     scored = lm.score(llama, rows, [[[5]], [], [[6, 7]]], no_edit)
