@@ -220,7 +220,9 @@ class LaMP(Benchmark):
     def __init__(self, people: People, config: PeopleBenchmarkConfig):
         self.config, self.tasks = config, people.tasks
         # The town's people also have a task that only the oracle can score.
-        measured = (sample for sample in people.split(config.split) if self.tasks[sample.task].metrics)
+        measured = (
+            sample for sample in people.split(config.split) if _METRICS.keys() & self.tasks[sample.task].metrics
+        )
         self._samples = list(islice(measured, config.limit))
         if not self._samples:
             raise UserError(f"the {config.split} split has no sample of a task that LaMP's metrics are for")

@@ -163,7 +163,7 @@ def test_examples_reach_every_judge_whole(tmp_path):
         return FIVE.replace("example", f"example for {question}")
 
     benchmark = gym(path=folder(tmp_path))
-    summary, _ = run(benchmark, cast(judge(grade), judge(grade), reference=Stated(write)), tmp_path / "out")
+    summary, _ = run(benchmark, cast(judge(grade), judge(grade, "second"), reference=Stated(write)), tmp_path / "out")
     assert len(seen) == 2 * 20 and len(asked) == 20 and values(summary)["with_examples"] == 1
     for slots in seen:
         for score in range(1, 6):
@@ -292,7 +292,7 @@ def test_persona_score_is_the_mean_of_tasks_with_intervals_over_personas(tmp_pat
 def test_judges_are_averaged_and_an_unreadable_one_is_missing(tmp_path):
     """Defect 4: as published an unreadable judge is a 0, which halves the score."""
     place = folder(tmp_path)
-    judges = (judge(lambda slots: 4), judge(lambda slots: 5 if "question 0" in slots["question"] else "Hm."))
+    judges = (judge(lambda slots: 4), judge(lambda slots: 5 if "question 0" in slots["question"] else "Hm.", "second"))
     summary, rows = run(gym(path=place), cast(*judges), tmp_path / "out")
     assert Counter(row.values["persona_score"] for row in rows) == {4.5: 10, 4.0: 10}
     assert [verdict.value for verdict in rows[-1].verdicts] == [4, None] and rows[-1].verdicts[1].raw == "Hm."
@@ -371,7 +371,7 @@ def test_random_verdicts_are_read(tmp_path, compat):
 
 
 def test_our_sample_runs(tmp_path):
-    summary, rows = run(gym(), cast(judge(lambda slots: 4), judge(lambda slots: 5)), tmp_path / "out")
+    summary, rows = run(gym(), cast(judge(lambda slots: 4), judge(lambda slots: 5, "second")), tmp_path / "out")
     assert summary.n == 30 and summary.n_unscored == 0 and summary.estimates["persona_score"].n_clusters == 3
     assert Counter(row.task for row in rows) == dict.fromkeys(TASKS, 6)
     assert values(summary)["persona_score"] == 4.5
@@ -396,7 +396,7 @@ def test_groups_as_published(tmp_path):
         return group_reply(f"{FINAL} 2.", "Hm.") if slots["number"] == 2 else "I would rather not."
 
     benchmark = gym(path=folder(tmp_path, questions=7, personas=(ADA,)), compat="reference")
-    summary, rows = run(benchmark, cast(judge(first), judge(second)), tmp_path / "out")
+    summary, rows = run(benchmark, cast(judge(first), judge(second, "second")), tmp_path / "out")
     assert [row.id for row in rows] == [f"001/{task}/{places}" for places in ("1-5", "6-7") for task in TASKS]
     assert [row.values["persona_score"] for row in rows[::5]] == [(13 / 4 + 0) / 2, (13 / 4 + 2) / 2]
     assert [row.values["unparsed"] for row in rows[::5]] == [(1 / 5 + 1) / 2, (0 + 1 / 2) / 2]
