@@ -187,7 +187,10 @@ def races(arguments: argparse.Namespace, base: BaseLM, folder: Path) -> list[Rac
                     f"{verb}, {name}", lambda f=ours, r=requests: f(r), "no sharing", lambda f=theirs, r=requests: f(r)
                 )
             )
-    told = [replace(request, options=None) for request in short]
+    talkative = [sample for sample in people.test if sample.task == "town_reply"]
+    told = [
+        request_of(s, history_prompt(list(s.persona.history)[:8], s.messages[0].content)) for s in talkative[:count]
+    ]
     made.append(Race("respond, own prompts", lambda: bare.respond(told), "one by one", one_by_one(bare.respond, told)))
 
     if arguments.personalizer is None:
