@@ -99,10 +99,9 @@ def request_of(sample: Sample, message: str | None = None, **changes) -> Request
     return replace(request, **changes)
 
 
-def choices(samples: Sequence[Sample]) -> list[Request]:
-    """Ratings and tags with eight past items in the prompt: options of one token or few."""
-    asked = [sample for sample in samples if sample.options]
-    return [request_of(s, history_prompt(list(s.persona.history)[:8], s.messages[0].content)) for s in asked]
+def with_past(sample: Sample) -> Request:
+    """The question with eight past items in front of it."""
+    return request_of(sample, history_prompt(list(sample.persona.history)[:8], sample.messages[0].content))
 
 
 def on_contexts(base: BaseLM, samples: Sequence[Sample], tokens: int, count: int) -> list[Request]:
@@ -176,7 +175,7 @@ def races(arguments: argparse.Namespace, base: BaseLM, folder: Path) -> list[Rac
         if theirs is not None:
             made.append(Race(f"choose, {what}", lambda: bare.choose(requests), "lm-eval, HF backend", theirs))
 
-    short = choices(people.test)[:count]
+    short = [with_past(sample) for sample in people.test if sample.options][:count]
     against_lm_eval("own prompts, options of 1-2 tokens", short)
     for tokens in arguments.contexts:
         requests, name = on_contexts(base, people.test, tokens, count), f"{QUESTIONS} questions on {tokens} tokens"
@@ -187,10 +186,7 @@ def races(arguments: argparse.Namespace, base: BaseLM, folder: Path) -> list[Rac
                     f"{verb}, {name}", lambda f=ours, r=requests: f(r), "no sharing", lambda f=theirs, r=requests: f(r)
                 )
             )
-    talkative = [sample for sample in people.test if sample.task == "town_reply"]
-    told = [
-        request_of(s, history_prompt(list(s.persona.history)[:8], s.messages[0].content)) for s in talkative[:count]
-    ]
+    told = [with_past(sample) for sample in people.test if sample.task == "town_reply"][:count]
     made.append(Race("respond, own prompts", lambda: bare.respond(told), "one by one", one_by_one(bare.respond, told)))
 
     if arguments.personalizer is None:
