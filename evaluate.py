@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from persona.config import EvaluateConfig, RoleConfig, entry, load_config, save_run_files
+from persona.config import EvaluateConfig, entry, load_config, save_run_files
 from persona.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ def evaluate(cfg: EvaluateConfig) -> Path:
 
     from persona.benchmarks import BENCHMARKS, OVER_PEOPLE
     from persona.evaluation import report
-    from persona.evaluation.judge_gate import warn_unless_passed
-    from persona.evaluation.table import print_table
+    from persona.evaluation.judges.gate import warn_unless_passed
+    from persona.evaluation.report.table import print_table
 
     # Before an LM is loaded, as it chooses this process's GPU. Without one, every process that torchrun starts would
     # take itself for the only one unless told that the CPU is meant.
@@ -61,47 +61,14 @@ class Players:
     """Everybody who takes part, loaded once: the base LM or endpoint, its stacks, and the other roles."""
 
     def __init__(self, cfg: EvaluateConfig) -> None:
-        from persona import lm
-        from persona.evaluation.endpoint import Endpoint
+        from persona import lm, players
+        from persona.evaluation.endpoints.endpoint import Endpoint
 
         self.cfg = cfg
         self.base = Endpoint(cfg.endpoint) if cfg.endpoint.model else lm.load(cfg.model)
-        self.judges = {name: self._role(role, name) for name, role in cfg.judge.items() if role.kind != "none"}
-        self.reference = self._role(cfg.reference, "reference")
-        self.user_simulator = self._role(cfg.user_simulator, "user_simulator")
-
-    def _role(self, role: RoleConfig, name: str) -> Any:
-        import persona
-        from persona import lm
-        from persona.evaluation.endpoint import Endpoint
-
-        if role.kind in ("random", "oracle") and name in ("reference", "user_simulator"):
-            raise UserError(f"{name}.kind={role.kind} is for judges only: choose local or endpoint")
-        if role.kind == "local":
-            return persona.load(lm.load(role.model), role.personalizers, role.model.batch_size)
-        if role.kind == "endpoint":
-            return self._personalized(Endpoint(role.endpoint), role.personalizers, role.model)
-        if role.kind == "random":
-            from persona.evaluation.judging import random_judge
-
-            return random_judge(0)
-        if role.kind == "oracle":
-            from persona.evaluation.oracle_judge import OracleJudge
-
-            return OracleJudge()
-        return None
-
-    def _personalized(self, endpoint: Any, stack: Sequence[Any], tokenizer: Any) -> Any:
-        """An endpoint under personalizers that act through the prompt. A server does not hand out its tokenizer, so
-        token budgets are counted in that of the local model `tokenizer`."""
-        from persona import lm
-        from persona.evaluation.endpoint import PersonalizedEndpoint
-        from persona.methods import load_personalizer
-
-        if not stack:
-            return endpoint
-        base = lm.load(tokenizer)
-        return PersonalizedEndpoint(endpoint, [load_personalizer(what, base) for what in stack])
+        self.judges = players.judges(cfg.judge)
+        self.reference = players.play(cfg.reference, "reference")
+        self.user_simulator = players.play(cfg.user_simulator, "user_simulator")
 
     def data(self, config: Any) -> Any:
         from persona import data
@@ -122,10 +89,11 @@ class Players:
     def model(self, stack: Sequence[Any]) -> Any:
         """The base under a stack."""
         import persona
-        from persona.evaluation.endpoint import Endpoint
+        from persona.evaluation.endpoints.endpoint import Endpoint
+        from persona.players import personalized
 
         if isinstance(self.base, Endpoint):
-            return self._personalized(self.base, stack, self.cfg.model)
+            return personalized(self.base, stack, self.cfg.model)
         return persona.load(self.base, stack, self.cfg.model.batch_size)
 
     def stacks(self) -> tuple[dict[str, Any], str]:
@@ -161,6 +129,7 @@ def measure(
     """One stack on one benchmark, into its own folder."""
     from persona.evaluation import plots, results
     from persona.evaluation.episodes import Cast, Trivial, run_benchmark
+    from persona.players import model_settings, role_settings
 
     cfg = players.cfg
     model: Any = stack if isinstance(stack, Trivial) else players.model(stack)
@@ -175,7 +144,7 @@ def measure(
     }
     run_benchmark(
         benchmark,
-        Cast(model, list(players.judges.values()), players.user_simulator, players.reference),
+        Cast(model, players.judges, players.user_simulator, players.reference),
         folder,
         stack=name,
         settings=json.loads(json.dumps(settings, default=str)),
@@ -188,23 +157,6 @@ def measure(
             benchmark.write_artifacts(results.read_rows(folder / "samples.jsonl"), folder)
         if local:
             plots.write(model, benchmark.samples(), folder)
-
-
-def model_settings(base: Any) -> dict[str, Any]:
-    """What of the measured model makes numbers comparable."""
-    if hasattr(base, "identity"):
-        return {**base.identity, "dtype": str(base.dtype)}
-    return {"endpoint": base.config.model, "base_url": base.config.base_url}
-
-
-def role_settings(role: RoleConfig) -> dict[str, Any]:
-    """What of a role makes numbers comparable; not how fast or at what price it is asked."""
-    if role.kind == "local":
-        return {"kind": role.kind, "model": role.model.path, "dtype": role.model.dtype, "stack": role.personalizers}
-    if role.kind == "endpoint":
-        server = {"model": role.endpoint.model, "base_url": role.endpoint.base_url}
-        return {"kind": role.kind, **server, "stack": role.personalizers}
-    return {"kind": role.kind}
 
 
 if __name__ == "__main__":

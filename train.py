@@ -8,8 +8,10 @@ from __future__ import annotations
 import importlib
 import logging
 from pathlib import Path
+from typing import Any
 
 from persona.config import TrainConfig, entry, save_run_files
+from persona.errors import UserError
 
 logger = logging.getLogger(__name__)
 METHODS = {"persona_plug": "persona.methods.persona_plug", "finetune": "persona.methods.finetune"}
@@ -30,12 +32,22 @@ def train(cfg: TrainConfig) -> Path | None:
 
     # Without `cpu` and without a GPU every process that torchrun starts would take itself for the only one.
     PartialState(cpu=cfg.trainer.cpu or not torch.cuda.is_available())
+    method = importlib.import_module(METHODS[cfg.method.name])
+    stages = getattr(method, "STAGES", ())
+    if cfg.stage is not None and cfg.stage not in stages:
+        known = f"it has {', '.join(stages)}" if stages else "it has none"
+        raise UserError(f"stage={cfg.stage}: {cfg.method.name} has no such stage ({known})")
     out = Path(cfg.output)
     save_run_files(out, cfg)
     people = data.load(cfg.data)
     under = persona.load(lm.load(cfg.model), cfg.personalizers, cfg.model.batch_size)
-    method = importlib.import_module(METHODS[cfg.method.name])
-    folder = method.train(cfg.method, under, people, cfg.trainer, out)
+    helped: dict[str, Any] = {}
+    if stages:
+        from persona import players
+
+        helped = {"teacher": players.play(cfg.teacher, "teacher"), "judges": players.judges(cfg.judge)}
+        helped["stage"] = cfg.stage
+    folder = method.train(cfg.method, under, people, cfg.trainer, out, **helped)
     logger.warning("personalizer written to %s", folder)
     return folder
 

@@ -29,7 +29,7 @@ from persona.benchmarks import FileBenchmarkConfig
 from persona.data.rows import first_few
 from persona.errors import UserError
 from persona.evaluation.episodes import Benchmark
-from persona.evaluation.parsing import strip_reasoning
+from persona.evaluation.judges.parsing import strip_reasoning
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import Row
 from persona.evaluation.roles import Roles

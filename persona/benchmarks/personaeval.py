@@ -28,7 +28,7 @@ from persona.benchmarks import FileBenchmarkConfig
 from persona.data.rows import first_few
 from persona.errors import UserError
 from persona.evaluation.episodes import Benchmark, Unscored
-from persona.evaluation.parsing import Unreadable, strip_reasoning
+from persona.evaluation.judges.parsing import Unreadable, strip_reasoning
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.roles import Roles
 from persona.evaluation.statistics import AGGREGATES, Metric

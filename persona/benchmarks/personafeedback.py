@@ -23,7 +23,7 @@ from persona.benchmarks.personaeval import official_file
 from persona.data.rows import field, first_few, read_jsonl
 from persona.errors import UserError
 from persona.evaluation.episodes import Benchmark, Unscored
-from persona.evaluation.parsing import Unreadable, parse_choice
+from persona.evaluation.judges.parsing import Unreadable, parse_choice
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.roles import Roles
 from persona.evaluation.statistics import Metric

@@ -28,8 +28,8 @@ from persona.benchmarks import FileBenchmarkConfig
 from persona.data.rows import check_folder
 from persona.errors import UserError
 from persona.evaluation.episodes import Benchmark
-from persona.evaluation.judging import Rubric, Unscored, require
-from persona.evaluation.parsing import Unreadable, parse_integer, strip_reasoning
+from persona.evaluation.judges.judging import Rubric, Unscored, require
+from persona.evaluation.judges.parsing import Unreadable, parse_integer, strip_reasoning
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import Row
 from persona.evaluation.roles import Roles, Speaker

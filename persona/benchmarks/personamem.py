@@ -31,7 +31,7 @@ from persona.data.base import plain_task, register
 from persona.data.rows import first_few, open_file
 from persona.errors import UserError
 from persona.evaluation.episodes import Benchmark, Unscored
-from persona.evaluation.parsing import Unreadable, parse_choice, strip_reasoning
+from persona.evaluation.judges.parsing import Unreadable, parse_choice, strip_reasoning
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.roles import Roles
 from persona.evaluation.statistics import Metric

@@ -20,8 +20,8 @@ from persona.benchmarks.personaeval import official_file
 from persona.data.rows import field, read_json
 from persona.errors import UserError
 from persona.evaluation.episodes import Benchmark
-from persona.evaluation.judging import Rubric, require
-from persona.evaluation.parsing import parse_integer
+from persona.evaluation.judges.judging import Rubric, require
+from persona.evaluation.judges.parsing import parse_integer
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import Row, write_json
 from persona.evaluation.roles import Roles

@@ -86,7 +86,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "d
 
 # What may change between a run and the command that goes on with it: nothing here moves a weight.
 RESUMABLE = {
-    *("name", "output", "plan", "plan_gpus", "model.batch_size", "model.device", "model.device_map"),
+    *("name", "output", "stage", "plan", "plan_gpus", "model.batch_size", "model.device", "model.device_map"),
     *(f"trainer.{key}" for key in ("resume", "wandb", "workers", "keep_checkpoints", "log_every", "cpu")),
     *("trainer.eval_every", "trainer.save_every", "trainer.deepspeed"),
 }

@@ -22,29 +22,13 @@ from persona.benchmarks.personagym import PersonaGymConfig
 from persona.benchmarks.personamem import PersonaMemConfig
 from persona.benchmarks.rmtbench import RMTBenchConfig
 from persona.data import DataConfig, TownConfig
-from persona.evaluation.endpoint import EndpointConfig
+from persona.evaluation.endpoints.endpoint import EndpointConfig
 from persona.lm.load import ModelConfig
 from persona.methods.finetune import FinetuneConfig
 from persona.methods.persona_plug import PersonaPlugConfig
 from persona.training.trainer import TrainerConfig
 
 # ---- schemas -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainConfig:
-    """`python train.py`. `personalizers` is the stack that the method is trained on top of (directories, names, or
-    {name: settings}); `plan_gpus` is read by `plan=true` only, which prints sizes and trains nothing."""
-
-    name: str = MISSING
-    output: str = MISSING
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: Any = MISSING
-    method: Any = MISSING
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    personalizers: list[Any] = field(default_factory=list)
-    plan: bool = False
-    plan_gpus: int = 1
 
 
 @dataclass
@@ -56,6 +40,26 @@ class RoleConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     personalizers: list[Any] = field(default_factory=list)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+
+
+@dataclass
+class TrainConfig:
+    """`python train.py`. `personalizers` is the stack that the method is trained on top of (directories, names, or
+    {name: settings}); `plan_gpus` is read by `plan=true` only, which prints sizes and trains nothing. Methods made of
+    stages ask a `teacher` (null: the base LM itself) and a `judge`, and with `stage` run that one alone."""
+
+    name: str = MISSING
+    output: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: Any = MISSING
+    method: Any = MISSING
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    personalizers: list[Any] = field(default_factory=list)
+    teacher: RoleConfig = field(default_factory=RoleConfig)
+    judge: dict[str, RoleConfig] = field(default_factory=dict)
+    stage: str | None = None
+    plan: bool = False
+    plan_gpus: int = 1
 
 
 @dataclass
@@ -95,6 +99,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_personamem": PersonaMemConfig,
         "base_rmtbench": RMTBenchConfig,
     },
+    "teacher": {"base_role": RoleConfig},
     "reference": {"base_role": RoleConfig},
     "user_simulator": {"base_role": RoleConfig},
 }

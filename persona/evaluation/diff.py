@@ -20,11 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from persona.errors import UserError
-from persona.evaluation.charts import bounds, number, signed
 from persona.evaluation.comparison import Comparison, compare_pairs, differing, is_trivial, shared_rows
+from persona.evaluation.report.charts import bounds, number, signed
+from persona.evaluation.report.table import MARKS
 from persona.evaluation.results import Row, Run, find_runs
 from persona.evaluation.statistics import RESAMPLES, Estimate, Metric, estimate
-from persona.evaluation.table import MARKS
 
 _LONGEST = 60
 

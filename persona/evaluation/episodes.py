@@ -29,8 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from persona.errors import UserError
 from persona.evaluation import results
 from persona.evaluation.batching import AsyncModel, LanguageModel
-from persona.evaluation.judging import Judge, ModelJudge
-from persona.evaluation.judging import Unscored as Unscored
+from persona.evaluation.judges.judging import Judge, ModelJudge
+from persona.evaluation.judges.judging import Unscored as Unscored
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import Row, RowWriter, Summary
 from persona.evaluation.roles import Parrot, Roles, Speaker

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from persona.errors import UserError
-from persona.evaluation.judging import Judge, Rubric
+from persona.evaluation.judges.judging import Judge, Rubric
 from persona.types import Request, Response, Verdict
 
 

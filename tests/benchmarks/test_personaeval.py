@@ -20,9 +20,9 @@ from persona.benchmarks.personaeval import (
     score,
 )
 from persona.errors import UserError
-from persona.evaluation import judge_gate
 from persona.evaluation.episodes import Trivial
-from persona.evaluation.parsing import Unreadable
+from persona.evaluation.judges import gate as judge_gate
+from persona.evaluation.judges.parsing import Unreadable
 from persona.evaluation.statistics import Metric, estimate
 
 ABCD = ("A", "B", "C", "D")

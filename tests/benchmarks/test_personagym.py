@@ -23,8 +23,8 @@ from persona.benchmarks.personagym import (
 )
 from persona.errors import UserError
 from persona.evaluation.episodes import Cast, Trivial
-from persona.evaluation.judging import ScriptedJudge, Unscored, random_judge
-from persona.evaluation.parsing import Unreadable
+from persona.evaluation.judges.judging import ScriptedJudge, Unscored, random_judge
+from persona.evaluation.judges.parsing import Unreadable
 from persona.types import Response
 
 ADA, BEN = "A 40-year-old clockmaker from Oslo", "A 9-year-old pupil from Lima, who collects beetles"

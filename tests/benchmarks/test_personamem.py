@@ -34,7 +34,7 @@ from persona.benchmarks.personamem import (
 from persona.data.base import task
 from persona.errors import UserError
 from persona.evaluation.episodes import Trivial, Unscored, data_fingerprint
-from persona.evaluation.judging import Unreadable
+from persona.evaluation.judges.judging import Unreadable
 from persona.evaluation.roles import Parrot
 from persona.types import Message, Request
 

@@ -10,8 +10,8 @@ from persona.benchmarks import rmtbench
 from persona.benchmarks.rmtbench import DIMENSIONS, SCENARIOS, SYSTEM, RMTBenchConfig, build, read_characters, rounds
 from persona.errors import UserError
 from persona.evaluation.episodes import Cast, Trivial, Unscored
-from persona.evaluation.judging import ScriptedJudge, random_judge
-from persona.evaluation.parsing import Unreadable
+from persona.evaluation.judges.judging import ScriptedJudge, random_judge
+from persona.evaluation.judges.parsing import Unreadable
 from persona.types import Message, Response
 
 COMMON = {"card", "dialogue", "message", "reply"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from evaluation_toys import RESIDENTS, VOICES, Ratings, ToyModel, Voices, draw, toy_plots
 
 from persona.evaluation.episodes import Benchmark, Cast, Trivial, run_benchmark
-from persona.evaluation.judging import Rubric, ScriptedJudge, Unreadable
+from persona.evaluation.judges.judging import Rubric, ScriptedJudge, Unreadable
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import write_plots
 from persona.evaluation.roles import Roles

@@ -10,7 +10,7 @@ from evaluation_toys import ToyModel
 
 from persona.errors import UserError
 from persona.evaluation.episodes import Benchmark, Cast, Trivial, run_benchmark
-from persona.evaluation.judging import Rubric, ScriptedJudge
+from persona.evaluation.judges.judging import Rubric, ScriptedJudge
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import read_rows
 from persona.evaluation.roles import Roles

@@ -14,10 +14,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from persona.errors import UserError
-from persona.evaluation import browser, charts
 from persona.evaluation.comparison import compare, default_baseline, flatten, is_trivial, tell_apart
+from persona.evaluation.report import browser, charts
+from persona.evaluation.report.sections import BenchmarkPart, Cell, benchmark_part, in_order, metric_cells
 from persona.evaluation.results import Attention, Point, Run, find_runs
-from persona.evaluation.sections import BenchmarkPart, Cell, benchmark_part, in_order, metric_cells
 from persona.files import atomic_write
 
 _SHOWN_ITEMS = 12  # of an attention chart
@@ -75,7 +75,7 @@ def write_report(
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("persona.evaluation"), autoescape=select_autoescape(default=True),
+        loader=PackageLoader("persona.evaluation.report"), autoescape=select_autoescape(default=True),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(
@@ -159,7 +159,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

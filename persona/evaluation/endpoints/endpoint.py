@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from persona.errors import UserError
-from persona.evaluation.budget import Account, Pace, estimate_tokens
-from persona.evaluation.judging import Unscored
-from persona.evaluation.reply_cache import ReplyCache, reply_key
+from persona.evaluation.endpoints.budget import Account, Pace, estimate_tokens
+from persona.evaluation.endpoints.reply_cache import ReplyCache, reply_key
+from persona.evaluation.judges.judging import Unscored
 from persona.types import Request, Response
 
 if TYPE_CHECKING:  # openai takes half a second to import: only a run that asks an endpoint pays for it

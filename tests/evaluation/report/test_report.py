@@ -9,12 +9,12 @@ from evaluation_toys import Ratings, ToyModel, Voices, toy_results
 from report_toys import BENCHMARKS, JUDGES, STACKS, toy_tree
 
 from persona.errors import UserError
-from persona.evaluation.charts import scale
 from persona.evaluation.comparison import compare
 from persona.evaluation.episodes import run_benchmark
 from persona.evaluation.report import main, write_report
+from persona.evaluation.report.charts import scale
+from persona.evaluation.report.sections import history_bins
 from persona.evaluation.results import Attention, Plots, Point, load_run, write_plots
-from persona.evaluation.sections import history_bins
 from persona.evaluation.statistics import Metric
 from persona.types import HistoryItem, Message, Persona, Score, Verdict
 

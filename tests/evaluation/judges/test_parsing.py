@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from persona.evaluation.parsing import (
+from persona.evaluation.judges.parsing import (
     Unreadable,
     parse_choice,
     parse_integer,

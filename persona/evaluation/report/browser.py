@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from persona.evaluation import charts
+from persona.evaluation.report import charts
 from persona.evaluation.results import Row, Run
 from persona.evaluation.statistics import Metric
 from persona.types import Verdict

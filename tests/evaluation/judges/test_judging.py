@@ -9,12 +9,12 @@ from collections import Counter
 import pytest
 
 from persona.errors import UserError
-from persona.evaluation.agreement import judge_agreement
 from persona.evaluation.episodes import Benchmark, Cast, Unscored, run_benchmark
-from persona.evaluation.judging import ModelJudge, Rubric, ScriptedJudge, random_judge, require
-from persona.evaluation.oracle_judge import OracleJudge
-from persona.evaluation.pairs import PAIR_METRICS, compare
-from persona.evaluation.parsing import Unreadable, parse_choice, parse_integer, parse_number, parse_yes_no
+from persona.evaluation.judges.agreement import judge_agreement
+from persona.evaluation.judges.judging import ModelJudge, Rubric, ScriptedJudge, random_judge, require
+from persona.evaluation.judges.oracle import OracleJudge
+from persona.evaluation.judges.pairs import PAIR_METRICS, compare
+from persona.evaluation.judges.parsing import Unreadable, parse_choice, parse_integer, parse_number, parse_yes_no
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import Row, read_rows
 from persona.evaluation.roles import Parrot, Roles

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from persona.errors import UserError
-from persona.evaluation.parsing import Unreadable as Unreadable
+from persona.evaluation.judges.parsing import Unreadable as Unreadable
 from persona.evaluation.prompts import Prompt
 from persona.types import Request, Sampling, Verdict
 

@@ -5,8 +5,8 @@ from evaluation_toys import toy_results
 from report_toys import BENCHMARKS, STACKS, toy_tree
 from rich.console import Console
 
+from persona.evaluation.report.table import print_table
 from persona.evaluation.results import read_summary
-from persona.evaluation.table import print_table
 
 TWO = {"untouched": 0.3, "Persona-Plug": 0.6}
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
-from persona.evaluation import charts
-from persona.evaluation.agreement import Agreement, judge_agreement
 from persona.evaluation.comparison import Comparison, differing, is_trivial
+from persona.evaluation.judges.agreement import Agreement, judge_agreement
+from persona.evaluation.report import charts
 from persona.evaluation.results import Row, Run
 from persona.evaluation.statistics import Estimate, Metric, estimate
 

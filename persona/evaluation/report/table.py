@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from persona.evaluation.charts import bounds, number
 from persona.evaluation.comparison import Comparison, compare, default_baseline, is_trivial, tell_apart
+from persona.evaluation.report.charts import bounds, number
 from persona.evaluation.results import Summary, find_runs
 from persona.evaluation.statistics import Estimate
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from evaluation_toys import draw
 
-from persona.evaluation.browser import book, books, conversation, cut, row_value
 from persona.evaluation.report import write_report
+from persona.evaluation.report.browser import book, books, conversation, cut, row_value
 from persona.evaluation.results import Plots, Row, Run, summarize, write_summary
 from persona.evaluation.statistics import Metric
 

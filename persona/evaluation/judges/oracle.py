@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from persona.evaluation.judging import Rubric
+from persona.evaluation.judges.judging import Rubric
 from persona.town import lexicon as lx
 from persona.town import oracle, reading
 from persona.types import Verdict

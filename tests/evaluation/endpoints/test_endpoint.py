@@ -28,12 +28,12 @@ import persona
 from evaluate import evaluate
 from persona.config import load_config
 from persona.errors import UserError
-from persona.evaluation.budget import estimate_tokens
-from persona.evaluation.endpoint import Endpoint, EndpointConfig, PersonalizedEndpoint, _retry_after
+from persona.evaluation.endpoints.budget import estimate_tokens
+from persona.evaluation.endpoints.endpoint import Endpoint, EndpointConfig, PersonalizedEndpoint, _retry_after
+from persona.evaluation.endpoints.reply_cache import ReplyCache
 from persona.evaluation.episodes import Benchmark, Cast, run_benchmark
-from persona.evaluation.judging import Rubric, Unreadable, Unscored
+from persona.evaluation.judges.judging import Rubric, Unreadable, Unscored
 from persona.evaluation.prompts import Prompt
-from persona.evaluation.reply_cache import ReplyCache
 from persona.evaluation.results import read_rows, read_summary
 from persona.evaluation.roles import Parrot, Roles
 from persona.evaluation.statistics import Metric
@@ -468,7 +468,7 @@ def test_failures_are_not_kept(tmp_path):
 
 FILL = """
 import sys
-from persona.evaluation.reply_cache import ReplyCache
+from persona.evaluation.endpoints.reply_cache import ReplyCache
 from persona.types import Response
 print("ready", flush=True)
 sys.stdin.readline()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from persona.errors import UserError
-from persona.evaluation.judging import Judge, Rubric
+from persona.evaluation.judges.judging import Judge, Rubric
 from persona.evaluation.roles import Roles
 from persona.evaluation.statistics import Metric
 from persona.types import Verdict

@@ -1,0 +1,1 @@
+"""Models behind OpenAI-compatible HTTP endpoints: how they are asked, how fast, at what cost."""
