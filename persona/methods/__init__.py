@@ -15,7 +15,7 @@ from persona.personalizer import Personalizer, read_manifest
 # Name in configs and manifests -> "module:class" of its personalizer. Imported only when asked for.
 PERSONALIZERS = {
     "persona_plug": "persona.methods.persona_plug:PersonaPlug",
-    "lora": "persona.methods.finetune:LoRA",
+    "lora": "persona.training.lora:LoRA",
     "weights": "persona.methods.finetune:Weights",
     "user_lora": "persona.methods.finetune:UserLoRA",
     "description": "persona.methods.prompt:Description",

@@ -28,6 +28,7 @@ from persona.errors import UserError
 from persona.lm import BaseLM, Row, adapters, assemble
 from persona.lm.batch import forward_logits, nll_sum
 from persona.personalizer import LanguageModel, Personalizer, save
+from persona.training.lora import LoRA, LoraSettings, adapted, save_adapter
 from persona.training.trainer import TrainerConfig, fit
 from persona.types import HistoryItem, Message, Request, Sample, Sampling
 
@@ -198,14 +199,14 @@ def train(config: FinetuneConfig, under: LanguageModel, people: People, trainer:
         fit(module, train, dev, collate, trainer, out, groups)
 
     try:
-        with TRAINERS[config.mode](config, under, people, run) as personalizer:
+        with TRAINERS[config.mode](config, under, people, run, out) as personalizer:
             return save(personalizer, base, out / "personalizer", under.personalizers)
     finally:
         base.model.eval().requires_grad_(False)  # the Trainer switches dropout on
 
 
 @contextmanager
-def _full(config: FinetuneConfig, under: LanguageModel, people: People, run: Run) -> Iterator[Weights]:
+def _full(config: FinetuneConfig, under: LanguageModel, people: People, run: Run, out: Path) -> Iterator[Weights]:
     # A copy is trained, and takes the base's place for the length of training.
     base, original = under.base, under.base.model
     tuned = copy.deepcopy(original).requires_grad_(True)
@@ -218,33 +219,19 @@ def _full(config: FinetuneConfig, under: LanguageModel, people: People, run: Run
 
 
 @contextmanager
-def _lora(config: FinetuneConfig, under: LanguageModel, people: People, run: Run) -> Iterator[LoRA]:
-    from peft import LoraConfig, get_peft_model  # takes seconds to import
-
-    base = under.base
-    lora = LoraConfig(
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
-    )
+def _lora(config: FinetuneConfig, under: LanguageModel, people: People, run: Run, out: Path) -> Iterator[LoRA]:
+    settings = LoraSettings(config.r, config.lora_alpha, config.lora_dropout, config.target_modules)
     data, dev = _splits(people)
-    try:
-        peft_model = get_peft_model(base.model, lora)
-    except ValueError as error:
-        raise UserError(
-            f"method.target_modules={config.target_modules!r} does not fit this base LM: it should be all-linear, or "
-            f"a regular expression that matches whole module names ({error})"
-        ) from error
-    try:
-        run(FinetuneTraining(under, base.model), data, dev)
-        yield LoRA.from_peft(base, peft_model.eval())
-    finally:
-        peft_model.unload()
+    with adapted(under.base, settings) as peft_model:
+        run(FinetuneTraining(under, under.base.model), data, dev)
+        folder = save_adapter(peft_model, out / "adapter")
+    yield LoRA(under.base, folder)
 
 
 @contextmanager
-def _user_lora(config: FinetuneConfig, under: LanguageModel, people: People, run: Run) -> Iterator[UserLoRA]:
+def _user_lora(
+    config: FinetuneConfig, under: LanguageModel, people: People, run: Run, out: Path
+) -> Iterator[UserLoRA]:
     base = under.base
     triples, users = profile_pairs(people.split(config.split))
     if not triples:
@@ -273,34 +260,6 @@ TRAINERS: dict[str, Callable[..., AbstractContextManager[Personalizer]]] = {
 
 
 # ---- what is left behind -------------------------------------------------------------------------------------------
-
-
-class LoRA(Personalizer):
-    """One adapter for everybody, in PEFT's own format in `adapter/` (loads in plain PEFT)."""
-
-    method = "lora"
-
-    def __init__(self, base: BaseLM, adapter: adapters.Adapter, peft_model: Any = None):
-        self.base, self.adapter, self.peft_model = base, adapter, peft_model
-
-    @classmethod
-    def from_peft(cls, base: BaseLM, peft_model: Any) -> LoRA:
-        return cls(base, adapters.Adapter({}, {}), peft_model)
-
-    @contextmanager
-    def modules(self, requests: Sequence[Request]) -> Iterator[None]:
-        with adapters.apply(self.base.model, [self.adapter], torch.ones(len(requests), 1)):
-            yield
-
-    def config(self) -> dict[str, Any]:
-        return {}
-
-    def write(self, folder: Path) -> None:
-        self.peft_model.save_pretrained(folder / "adapter")
-
-    @classmethod
-    def load(cls, folder: Path, config: dict[str, Any], base: BaseLM) -> LoRA:
-        return cls(base, adapters.load_adapter(folder / "adapter"))
 
 
 class Weights(Personalizer):
