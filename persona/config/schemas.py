@@ -21,7 +21,7 @@ from persona.benchmarks.personafeedback import PersonaFeedbackConfig
 from persona.benchmarks.personagym import PersonaGymConfig
 from persona.benchmarks.personamem import PersonaMemConfig
 from persona.benchmarks.rmtbench import RMTBenchConfig
-from persona.data import DataConfig, TownConfig
+from persona.data import BiographyConfig, DataConfig, TownCharactersConfig, TownConfig
 from persona.evaluation.endpoints.endpoint import EndpointConfig
 from persona.lm.load import ModelConfig
 from persona.methods.finetune import FinetuneConfig
@@ -86,7 +86,12 @@ class EvaluateConfig:
 ROOTS: dict[str, type] = {"train": TrainConfig, "evaluate": EvaluateConfig}
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"base_model": ModelConfig},
-    "data": {"base_data": DataConfig, "base_town": TownConfig},
+    "data": {
+        "base_biography": BiographyConfig,
+        "base_data": DataConfig,
+        "base_town": TownConfig,
+        "base_town_characters": TownCharactersConfig,
+    },
     "method": {"base_persona_plug": PersonaPlugConfig, "base_finetune": FinetuneConfig},
     "trainer": {"base_trainer": TrainerConfig},
     "benchmark": {

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from persona.data import jsonl, lamp, lamp_tasks, town  # noqa: F401  (lamp_tasks registers LaMP's tasks)
+from persona.data import biography, jsonl, lamp, lamp_tasks, town  # noqa: F401  (lamp_tasks registers LaMP's tasks)
 from persona.data.base import DataConfig, People, Task, register, task
-from persona.data.town import TownConfig
+from persona.data.biography import BiographyConfig
+from persona.data.town import TownCharactersConfig, TownConfig
 from persona.errors import UserError
 
-__all__ = ["DataConfig", "People", "Task", "TownConfig", "load", "register", "task"]
+__all__ = [
+    "BiographyConfig",
+    "DataConfig",
+    "People",
+    "Task",
+    "TownCharactersConfig",
+    "TownConfig",
+    "load",
+    "register",
+    "task",
+]
 
-READERS = {"lamp": lamp.load, "jsonl": jsonl.load, "town": town.load}
+READERS = {
+    "lamp": lamp.load,
+    "jsonl": jsonl.load,
+    "biography": biography.load,
+    "town": town.load,
+    "town_characters": town.load_characters,
+}
 
 
-def load(cfg: DataConfig | TownConfig) -> People:
+def load(cfg: DataConfig | BiographyConfig | TownConfig | TownCharactersConfig) -> People:
     """The people that `cfg` names. Raises UserError for an unknown reader or bad input."""
     if cfg.name not in READERS:
         raise UserError(f"data.name is {cfg.name!r}; it should be one of {', '.join(READERS)}")

@@ -27,6 +27,19 @@ class TownConfig:
     limit: int | None = None  # samples per split
 
 
+@dataclass
+class TownCharactersConfig:
+    """Residents as characters given by name and statements, and interviewed. `train` of them are asked `questions`
+    in the train split and `held_out` others in dev; `test` further ones are asked `held_out` in test."""
+
+    name: str = "town_characters"
+    seed: int = 0
+    train: int = 40
+    test: int = 20
+    questions: int = 16
+    held_out: int = 8
+
+
 def _join(snippets: Sequence[str], prompt: str) -> str:
     # The form the town's LM has seen: sentences.history_prompt, with items already written out.
     return f"past : {' ; '.join(snippets)} ; question : {prompt}" if snippets else prompt
@@ -75,6 +88,7 @@ TASKS = {
     "town_reply": _task("town_reply", "generation", (), ("voice", "readable"), _reply_example),
     "town_rating": _task("town_rating", "rating", town_people.RATINGS, ("mae", "accuracy"), _rating_example),
     "town_tag": _task("town_tag", "classification", town_people.TAGS, ("accuracy",), _tag_example),
+    "town_interview": _task("town_interview", "generation", (), (), _reply_example),
 }
 
 
@@ -91,3 +105,11 @@ def load(config: TownConfig) -> People:
     )
     cut = slice(config.limit)
     return People("town", TASKS, town.train[cut], town.dev[cut], town.test[cut])
+
+
+def load_characters(config: TownCharactersConfig) -> People:
+    """Characters of the town; raises UserError for more of them than there are first names."""
+    town = town_people.characters(
+        config.seed, config.train, config.test, questions=config.questions, held_out=config.held_out
+    )
+    return People("town_characters", TASKS, town.train, town.dev, town.test)

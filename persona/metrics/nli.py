@@ -12,9 +12,9 @@ from persona.errors import UserError
 ENTAILMENT, NEUTRAL, CONTRADICTION = "entailment", "neutral", "contradiction"
 # How models name their classes: those on NLI data, and those on Dialogue-NLI.
 _NAMES = {
-    ENTAILMENT: ("entailment", "entail", "entails", "positive"),
+    ENTAILMENT: ("entailment", "entail", "entails", "entailed", "positive"),
     NEUTRAL: ("neutral",),
-    CONTRADICTION: ("contradiction", "contradict", "contradicts", "contradictory", "negative"),
+    CONTRADICTION: ("contradiction", "contradict", "contradicts", "contradicted", "contradictory", "negative"),
 }
 
 

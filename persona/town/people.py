@@ -7,18 +7,28 @@ Residents are fixed by a seed and split by person. Methods see the history; the 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
+from itertools import islice
 
 from persona.errors import UserError
 from persona.town import lexicon as lx
 from persona.town import residents as rs
 from persona.town.residents import Latents, Thing
-from persona.town.sentences import description, rating_question, statements, tag_question
+from persona.town.sentences import (
+    description,
+    fact_answer,
+    fact_question,
+    rating_question,
+    statements,
+    tag_question,
+    taste_answer,
+    taste_question,
+)
 from persona.types import HistoryItem, Message, Persona, Sample
 
-TASKS = ("town_reply", "town_rating", "town_tag")
+TASKS = ("town_reply", "town_rating", "town_tag", "town_interview")
 RATINGS = tuple(str(rating) for rating in sorted(lx.OPINIONS))
 TAGS = tuple(lx.TAGS.values())
 # Pairs of qualities that a resident is asked about and that never occur in the history: the answer has to be put
@@ -37,11 +47,14 @@ class Resident:
     asked_pairs: tuple[tuple[str, str], ...]
     talked: frozenset[tuple[int, str]]  # (form, topic) of the past replies
 
-    def persona(self, with_truth: bool = False) -> Persona:
-        """The persona as methods get it: id and history; with everything told when `with_truth`."""
+    def persona(self, with_truth: bool = False, characters: bool = False) -> Persona:
+        """The persona as methods get it: id and history; with everything told when `with_truth`. A character is given
+        by name and statements instead, as in role play."""
+        who = self.latents
+        if characters:
+            return Persona(self.id, statements=statements(who), attributes={"name": who.name})
         if not with_truth:
             return Persona(self.id, history=self.history)
-        who = self.latents
         attributes = {"voice": who.voice, **{f"taste:{q}": str(level) for q, level in who.tastes.items()},
                       **{f"trait:{t}": str(level) for t, level in who.traits.items()}, **who.facts}  # fmt: skip
         return Persona(self.id, description(who), statements(who), attributes, self.history)
@@ -94,12 +107,12 @@ def draw_resident(rng: random.Random, name: str, surname: str) -> Resident:
     return Resident(f"{name}-{surname}", who, tuple(items), asked, frozenset(talked))
 
 
-def samples_of(rng: random.Random, resident: Resident, counts: Mapping[str, int], with_truth: bool) -> list[Sample]:
+def samples_of(rng: random.Random, resident: Resident, counts: Mapping[str, int], persona: Persona) -> list[Sample]:
     """`counts[task]` different questions for each task, whose answers are in no item of the history.
 
     `metadata` holds what the oracle needs to score a reply (the resident's voice).
     """
-    who, persona = resident.latents, resident.persona(with_truth)
+    who = resident.latents
     metadata = {"resident": resident.id, "voice": who.voice}
 
     def sample(task: str, number: int, question: str, target: str, options: tuple[str, ...] | None) -> Sample:
@@ -123,6 +136,46 @@ def samples_of(rng: random.Random, resident: Resident, counts: Mapping[str, int]
             answer = str(rs.rate(who.tastes, thing)) if task == "town_rating" else rs.tag(who.tastes, thing)
             found.append(sample(task, len(asked), question, answer, RATINGS if task == "town_rating" else TAGS))
             asked.add(question)
+    return found
+
+
+# What an interview asks about, in turn: facts (three wordings of each), tastes, small talk.
+INTERVIEW = ("fact", "taste", "fact", "talk")
+
+
+def interview(rng: random.Random, who: Latents) -> Iterator[tuple[str, str]]:
+    """All questions of an interview in random order, by turns of INTERVIEW, each with this person's answer."""
+    facts = [(question, fact_answer(kind, who.facts[kind])) for kind in lx.FACTS
+             for question in (fact_question(kind), *lx.FACT_PARAPHRASES[kind][2])]  # fmt: skip
+    tastes = [(taste_question(quality), taste_answer(quality, level)) for quality, level in who.tastes.items()]
+    talk = [rs.small_talk(form, topic, who.words) for form in range(len(lx.SMALL_TALK)) for topic in lx.TOPICS]
+    pools = {"fact": facts, "taste": tastes, "talk": talk}
+    for pool in pools.values():
+        rng.shuffle(pool)
+    while any(pools.values()):
+        for kind in INTERVIEW:
+            if pools[kind]:
+                question, answer = pools[kind].pop()
+                yield question, rs.speak(rng, lx.VOICES[who.voice], answer)
+
+
+def interview_samples(resident: Resident, seed: int, counts: Sequence[int]) -> list[list[Sample]]:
+    """Interviews of one resident, of `counts` questions each; no question is in two of them.
+
+    The resident is named in the system prompt, and nothing else is told there.
+    """
+    who, persona = resident.latents, resident.persona(characters=True)
+    asked = interview(random.Random(f"town-interview-{seed}-{resident.id}"), who)
+    role = Message("system", f"you are {who.name} .")
+    metadata = {"resident": resident.id, "voice": who.voice}
+    found, number = [], 0
+    for count in counts:
+        samples = []
+        for question, answer in islice(asked, count):
+            samples.append(Sample(f"town_interview/{resident.id}/{number}", (role, Message("user", question)), answer,
+                                  persona, None, "town_interview", metadata))  # fmt: skip
+            number += 1
+        found.append(samples)
     return found
 
 
@@ -158,7 +211,30 @@ def people(
         for name, surname in names[start : start + size]:
             resident = draw_resident(random.Random(f"town-resident-{seed}-{name}-{surname}"), name, surname)
             residents[resident.id] = resident
-            found += samples_of(random.Random(f"town-samples-{seed}-{resident.id}"), resident, counts, with_truth)
+            persona = resident.persona(with_truth)
+            found += samples_of(random.Random(f"town-samples-{seed}-{resident.id}"), resident, counts, persona)
         splits.append(found)
         start += size
     return Town(train=tuple(splits[2]), dev=tuple(splits[1]), test=tuple(splits[0]), residents=residents)
+
+
+def characters(seed: int = 0, train: int = 40, test: int = 20, *, questions: int = 16, held_out: int = 8) -> Town:
+    """Residents as characters to be played, no two with one first name, interviewed.
+
+    train: `questions` to each of `train` residents; dev: `held_out` other questions to the same residents; test:
+    `held_out` questions to residents of their own. Raises UserError when there are not enough names.
+    """
+    if train + test > len(lx.NAMES):
+        raise UserError(f"the town has {len(lx.NAMES)} first names, not enough for {train + test} characters")
+    names = [(name, surname) for name in lx.NAMES for surname in lx.SURNAMES]
+    random.Random(f"town-names-{seed}").shuffle(names)
+    chosen = list({name: (name, surname) for name, surname in names}.values())[: test + train]
+    drawn = [draw_resident(random.Random(f"town-resident-{seed}-{n}-{s}"), n, s) for n, s in chosen]
+    known = [interview_samples(resident, seed, (questions, held_out)) for resident in drawn[test:]]
+    others = [interview_samples(resident, seed, (held_out,)) for resident in drawn[:test]]
+    return Town(
+        train=tuple(sample for first, _ in known for sample in first),
+        dev=tuple(sample for _, second in known for sample in second),
+        test=tuple(sample for (only,) in others for sample in only),
+        residents={resident.id: resident for resident in drawn},
+    )

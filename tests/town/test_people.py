@@ -9,7 +9,7 @@ from persona.errors import UserError
 from persona.town import lexicon as lx
 from persona.town import oracle, reading
 from persona.town import residents as rs
-from persona.town.people import HELD_OUT_COUNTS, TRAIN_COUNTS, people
+from persona.town.people import HELD_OUT_COUNTS, TRAIN_COUNTS, characters, people
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +123,27 @@ def test_few_items_leave_the_voice_in_doubt_and_the_whole_history_settles_it(tow
 def test_more_residents_than_names_is_refused():
     with pytest.raises(UserError, match="names for 1200 residents, not for 2100"):
         people(train=2000)
+
+
+def test_characters_are_asked_what_they_were_not_trained_on():
+    town = characters(0, 3, 2, questions=6, held_out=4)
+    asked = {split: {(s.persona.id, s.messages[-1].content) for s in getattr(town, split)} for split in
+             ("train", "dev", "test")}  # fmt: skip
+    assert [len(asked[split]) for split in asked] == [18, 12, 8]
+    assert not asked["train"] & asked["dev"]
+    who = {split: {id for id, _ in pairs} for split, pairs in asked.items()}
+    assert who["train"] == who["dev"] and not who["train"] & who["test"]
+    assert len({town.residents[id].latents.name for id in who["train"] | who["test"]}) == 5
+    for sample in (*town.train, *town.test):
+        latents = town.residents[sample.persona.id].latents
+        assert sample.messages[0].content == f"you are {latents.name} ." and not sample.persona.history
+        assert oracle.voice(sample.target) == latents.voice and reading.question(sample.messages[1].content)
+        # The true answer denies nothing, and follows what the question is about.
+        found = [(oracle.relevant(s, sample.messages[1].content), oracle.nli(s, sample.target))
+                 for s in sample.persona.statements]  # fmt: skip
+        assert not [pair for pair in found if pair[1] == oracle.CONTRADICTED] and (True, oracle.ENTAILED) in found
+    # Fewer residents and questions leave the others as they are.
+    fewer = characters(0, 2, 2, questions=6, held_out=4)
+    assert fewer.test == town.test and fewer.train == town.train[:12]
+    with pytest.raises(UserError, match="the town has 60 first names, not enough for 61 characters"):
+        characters(0, 60, 1)
