@@ -20,6 +20,8 @@ PERSONALIZERS = {
     "user_lora": "persona.methods.finetune:UserLoRA",
     "description": "persona.methods.prompt:Description",
     "retrieval": "persona.methods.prompt:Retrieval",
+    "statements": "persona.methods.statements:Statements",
+    "constitution": "persona.methods.statements:Constitution",
 }
 
 

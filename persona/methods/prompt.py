@@ -4,110 +4,32 @@
 against the query, write the best k into the prompt in the task's words, cut to a budget of tokens. `compat:
 reference` brings back what differs in the published code (docs/errata.md).
 
-Read on: rankers, the two personalizers; the token budget is in prompt_budget.py.
+The rankers are in ranking.py, the token budget is in prompt_budget.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import math
-from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import bm25s
-import numpy as np
-
 from persona.data.base import Task, plain_task
 from persona.data.base import task as task_rules
-from persona.encoders import Encoder, EncoderConfig
+from persona.encoders import EncoderConfig
 from persona.errors import UserError
 from persona.lm import BaseLM
 from persona.methods.prompt_budget import TokenizerTokens, augment
+from persona.methods.ranking import Dense, best, bm25_scores, by_chance, by_recency
 from persona.personalizer import Personalizer
 from persona.types import HistoryItem, Message, Persona, Request
 
 RANKERS = ("none", "random", "recency", "bm25", "dense")
 PLAIN = plain_task("plain")  # the rules of requests that name no task
-BM25_K1, BM25_B, BM25_EPSILON = 1.5, 0.75, 0.25  # rank_bm25's BM25Okapi
-# bm25s sets its own logger to DEBUG and would write a line for every user's index.
-logging.getLogger("bm25s").setLevel(logging.WARNING)
-VECTORS_KEPT = 100_000  # encoded items remembered between calls: 150 MB at 384 dimensions
-
-# ---- rankers: positions of the best k items, best first ------------------------------------------------------------
 
 
-def _best(scores: np.ndarray, k: int, ties_reversed: bool = False) -> list[int]:
-    """Positions of the k highest scores; equal ones in order, or last first as in the reference's reversed argsort."""
-    order = np.argsort(scores, kind="stable")[::-1] if ties_reversed else np.argsort(-scores, kind="stable")
-    return [int(position) for position in order[:k]]
-
-
-def bm25_scores(texts: Sequence[str], query: str) -> np.ndarray:
-    """BM25Okapi scores of `texts` for `query`, [N] float64; statistics are those of `texts` alone.
-
-    Words are split at white space, case counts, repeated query words count repeatedly. Equal to rank_bm25's BM25Okapi
-    up to its constant factor k1 + 1: bm25s scores with Lucene's idf, which is replaced column by column by Okapi's,
-    log((N - n + .5) / (n + .5)) with negative values raised to epsilon times the mean idf of the vocabulary.
-    """
-    documents = [text.split() for text in texts]
-    frequency = Counter(word for document in documents for word in set(document))
-    known = [word for word in query.split() if word in frequency]
-    if not known:
-        return np.zeros(len(texts))
-    index = bm25s.BM25(method="lucene", k1=BM25_K1, b=BM25_B, dtype="float64")
-    index.index(documents, show_progress=False)
-    total = len(documents)
-    okapi = {word: math.log((total - n + 0.5) / (n + 0.5)) for word, n in frequency.items()}
-    floor = BM25_EPSILON * sum(okapi.values()) / len(okapi)
-    starts = index.scores["indptr"]
-    for word, n in frequency.items():
-        column = slice(starts[index.vocab_dict[word]], starts[index.vocab_dict[word] + 1])
-        idf = okapi[word] if okapi[word] >= 0 else floor
-        index.scores["data"][column] *= idf / math.log(1 + (total - n + 0.5) / (n + 0.5))
-    return index.get_scores(known)
-
-
-def by_recency(items: Sequence[HistoryItem], k: int) -> list[int]:
-    """Newest date first, of equal dates the later item first; where any item lacks a date, the last items come first.
-
-    Dates are numbers joined by "-", year first. Raises UserError for another date.
-    """
-    latest_first = range(len(items) - 1, -1, -1)
-    if any(item.date is None for item in items):
-        return list(latest_first)[:k]
-
-    def date(position: int) -> tuple[int, ...]:
-        text = items[position].date or ""
-        try:
-            return tuple(int(part) for part in text.split("-"))
-        except ValueError as error:
-            raise UserError(
-                f"history item {items[position].id} has the date {text!r}, which should be written like 2024-05-31"
-            ) from error
-
-    return sorted(latest_first, key=date, reverse=True)[:k]
-
-
-def by_chance(count: int, k: int, seed: int, persona: str, prompt: str, with_replacement: bool = False) -> list[int]:
-    """k positions among `count`, a draw that depends on (seed, persona, prompt) only: the same in any batch.
-
-    With replacement an item may come twice, and k items come even from fewer (the reference's draw, there unseeded).
-    """
-    digest = hashlib.sha256(f"{seed}\n{persona}\n{prompt}".encode()).digest()
-    rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
-    size = k if with_replacement else min(k, count)
-    return [int(position) for position in rng.choice(count, size=size, replace=with_replacement)]
-
-
-# ---- personalizers -------------------------------------------------------------------------------------------------
-
-
-def _settings(kind: type, method: str, config: dict[str, Any]) -> Any:
+def settings(kind: type, method: str, config: dict[str, Any]) -> Any:
     """A dataclass from plain values; raises UserError, with the nearest name, for a setting it does not have."""
     known = [entry.name for entry in fields(kind)]
     for name in config:
@@ -128,18 +50,7 @@ class Description(Personalizer):
     method = "description"
 
     def prompt(self, requests: Sequence[Request]) -> list[Request]:
-        return [self._one(request) for request in requests]
-
-    def _one(self, request: Request) -> Request:
-        text = describe(request.persona)
-        if not text:
-            return request
-        head, *rest = request.messages
-        if head.role == "system":
-            messages = (Message("system", f"{text}\n\n{head.content}"), *rest)
-        else:
-            messages = (Message("system", text), *request.messages)
-        return replace(request, messages=messages)
+        return [with_system(request, describe(request.persona)) for request in requests]
 
     def config(self) -> dict[str, Any]:
         return {}
@@ -149,6 +60,16 @@ class Description(Personalizer):
         if config:
             raise UserError(f"personalizer description has no settings, but got {', '.join(config)}")
         return cls()
+
+
+def with_system(request: Request, text: str) -> Request:
+    """The request with `text` as system prompt, in front of one that is there already; as it is where `text` is ""."""
+    if not text:
+        return request
+    head, *rest = request.messages
+    if head.role == "system":
+        return replace(request, messages=(Message("system", f"{text}\n\n{head.content}"), *rest))
+    return replace(request, messages=(Message("system", text), *request.messages))
 
 
 def describe(persona: Persona | None) -> str:
@@ -194,8 +115,7 @@ class Retrieval(Personalizer):
         self.settings = config
         self.reference = config.compat == "reference"
         self.tokens = TokenizerTokens(base.tokenizer, decoded=self.reference)
-        self.encoder = Encoder(config.encoder, device=base.device) if config.ranker == "dense" else None
-        self._vectors: OrderedDict[str, np.ndarray] = OrderedDict()
+        self.dense = Dense(config.encoder, base.device) if config.ranker == "dense" else None
 
     def prompt(self, requests: Sequence[Request]) -> list[Request]:
         if self.settings.ranker == "none":
@@ -214,7 +134,7 @@ class Retrieval(Personalizer):
         return task_rules(request.task) if request.task else PLAIN
 
     def _write(self, request: Request, task: Task, items: Sequence[HistoryItem]) -> Request:
-        place = _last_user(request)
+        place = last_user(request)
         text = augment(
             task, request.messages[place].content, items, self.tokens, self.settings.max_length, self.settings.compat
         )
@@ -223,10 +143,10 @@ class Retrieval(Personalizer):
 
     def _retrieve(self, pairs: Sequence[tuple[Request, Task]]) -> list[list[HistoryItem]]:
         histories = [list(request.persona.history) if request.persona else [] for request, _ in pairs]
-        queries = [task.query_text(request.messages[_last_user(request)].content) for request, task in pairs]
+        queries = [task.query_text(request.messages[last_user(request)].content) for request, task in pairs]
         texts = [[task.item_text(item) for item in items] for (_, task), items in zip(pairs, histories, strict=True)]
-        if self.settings.ranker == "dense":
-            ranked = self._dense(texts, queries)
+        if self.dense is not None:
+            ranked = self.dense.rank(texts, queries, self.settings.k)
         else:
             ranked = [
                 self._rank(request, items, lines, query) if items else []
@@ -237,69 +157,25 @@ class Retrieval(Personalizer):
     def _rank(self, request: Request, items: Sequence[HistoryItem], texts: Sequence[str], query: str) -> list[int]:
         k = self.settings.k
         if self.settings.ranker == "bm25":
-            return _best(bm25_scores(texts, query), k, ties_reversed=self.reference)
+            return best(bm25_scores(texts, query), k, ties_reversed=self.reference)
         if self.settings.ranker == "recency":
             return by_recency(items, k)
         persona = request.persona.id if request.persona else ""
-        prompt = request.messages[_last_user(request)].content
+        prompt = request.messages[last_user(request)].content
         return by_chance(len(items), k, self.settings.seed, persona, prompt, with_replacement=self.reference)
-
-    def _dense(self, texts: Sequence[Sequence[str]], queries: Sequence[str]) -> list[list[int]]:
-        """Positions of the k items with the largest dot product of their vectors with the query's."""
-        assert self.encoder is not None
-        faiss = _faiss()
-        vectors = self._encode([text for lines in texts for text in lines])
-        asked = self.encoder.encode(list(queries), query=True)
-        ranked: list[list[int]] = []
-        start = 0
-        for lines, query in zip(texts, asked, strict=True):
-            rows = vectors[start : start + len(lines)]
-            start += len(lines)
-            if not lines:
-                ranked.append([])
-                continue
-            k = min(self.settings.k, len(lines))
-            scores, found = faiss.knn(query[None], rows, k, metric=faiss.METRIC_INNER_PRODUCT)
-            # faiss leaves the order of equal scores open; here the earlier item comes first.
-            ranked.append([int(place) for _, place in sorted(zip(-scores[0], found[0], strict=True))])
-        return ranked
-
-    def _encode(self, texts: Sequence[str]) -> np.ndarray:
-        """[n, d] vectors of items; the most recently used texts are remembered."""
-        assert self.encoder is not None
-        new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
-        fresh = dict(zip(new, self.encoder.encode(new), strict=True))
-        out = np.empty((len(texts), self.encoder.dim), dtype=np.float32)
-        for row, text in enumerate(texts):
-            vector = fresh.get(text)
-            out[row] = self._vectors[text] if vector is None else vector
-        for text in dict.fromkeys(texts):
-            self._vectors[text] = fresh[text] if text in fresh else self._vectors[text]
-            self._vectors.move_to_end(text)
-        while len(self._vectors) > VECTORS_KEPT:
-            self._vectors.popitem(last=False)
-        return out
 
     def config(self) -> dict[str, Any]:
         return asdict(self.settings)
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any], base: BaseLM) -> Retrieval:
-        encoder = _settings(EncoderConfig, "retrieval, encoder,", dict(config.get("encoder", {})))
-        return cls(_settings(RetrievalConfig, cls.method, {**config, "encoder": encoder}), base)
+        encoder = settings(EncoderConfig, "retrieval, encoder,", dict(config.get("encoder", {})))
+        return cls(settings(RetrievalConfig, cls.method, {**config, "encoder": encoder}), base)
 
 
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise UserError("ranker dense needs faiss: install persona[faiss-cpu], or persona[faiss-gpu]") from error
-    return faiss
-
-
-def _last_user(request: Request) -> int:
+def last_user(request: Request) -> int:
     """Position of the last user message; raises UserError when there is none."""
     places: list[int] = [place for place, message in enumerate(request.messages) if message.role == "user"]
     if not places:
-        raise UserError("retrieval writes into the last user message, but the request has none")
+        raise UserError("the last user message is what is asked, but the request has none")
     return places[-1]

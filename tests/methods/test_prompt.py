@@ -11,16 +11,9 @@ from persona.data import task
 from persona.data.base import Task, plain_task
 from persona.encoders import Encoder, EncoderConfig
 from persona.errors import UserError
-from persona.methods.prompt import (
-    Description,
-    Retrieval,
-    RetrievalConfig,
-    bm25_scores,
-    by_chance,
-    by_recency,
-    describe,
-)
+from persona.methods.prompt import Description, Retrieval, RetrievalConfig, describe
 from persona.methods.prompt_budget import TokenizerTokens, augment
+from persona.methods.ranking import bm25_scores, by_chance, by_recency
 from persona.types import HistoryItem, Message, Persona, Request
 
 
@@ -324,16 +317,16 @@ def test_dense_encodes_a_text_once(llama, encoder_folder, monkeypatch):
     config = EncoderConfig(name=str(encoder_folder), pooling="mean")
     personalizer = Retrieval(RetrievalConfig(ranker="dense", k=1, encoder=config, max_length=400), llama)
     encoded = []
-    encode = personalizer.encoder.encode
+    encode = personalizer.dense.encoder.encode
 
     def listen(texts, **settings):
         encoded.extend(() if settings.get("query") else texts)
         return encode(texts, **settings)
 
-    monkeypatch.setattr(personalizer.encoder, "encode", listen)
+    monkeypatch.setattr(personalizer.dense.encoder, "encode", listen)
     first = found(personalizer, request("tea", HISTORY), request("boat", HISTORY[:3]))
     assert sorted(encoded) == sorted(item.text for item in HISTORY)
-    monkeypatch.setattr("persona.methods.prompt.VECTORS_KEPT", 2)
+    monkeypatch.setattr("persona.methods.ranking.VECTORS_KEPT", 2)
     assert found(personalizer, request("tea", HISTORY), request("boat", HISTORY[:3])) == first
     assert len(encoded) == len(HISTORY)
     assert found(personalizer, request("tea", HISTORY)) == first[:1]
