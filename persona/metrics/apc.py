@@ -1,4 +1,4 @@
-"""APC: how many of a character's statements does a reply satisfy? Active ones by following, passive ones by not denying.
+"""APC: how many of a character's statements does a reply satisfy? Active ones are followed, passive ones not denied.
 
 Peng & Shang, "Quantifying and Optimizing Global Faithfulness in Persona-driven Role-playing" (arXiv 2405.07726).
 `apc_score` is pure; `Discriminators` gives it probabilities, from two sequence classifiers by name or path.
@@ -142,7 +142,7 @@ class Classifier:
         self.cut = 0  # texts so far that lost their end
 
     def __call__(self, items: Sequence[dict[str, str]]) -> dict[str, np.ndarray]:
-        """Probabilities [n] of each class, float64. Each different text is computed once, with others of its length."""
+        """Probabilities [n] of each class, float64. Each different text is computed once, among its like in length."""
         import torch
 
         texts = [self.template.format(**item) for item in items]
