@@ -30,6 +30,9 @@ class OracleJudge:
     nothing is contradicted. Of two responses, the one that fits better wins: answers[0] is response_a, answers[1]
     response_b, a third answer is a tie.
 
+    With the slots `statement` and `query` instead it answers APC's two questions: of ("no", "yes"), whether the answer
+    depends on the statement (`oracle.relevant`); with a `response`, what that does to it (`oracle.nli`).
+
     The verdict has no value, and says so, where a slot is missing or outside the town's language, or where a response
     touches nothing that the persona says.
     """
@@ -39,7 +42,9 @@ class OracleJudge:
     async def ask(self, rubric: Rubric, /, **slots: object) -> Verdict:
         rubric.prompt.messages(**slots)  # the slots have to fit, as for any judge
         try:
-            if {"response_a", "response_b"} <= set(slots):
+            if {"statement", "query"} <= set(slots):
+                value = raw = self._of_statement(slots)
+            elif {"response_a", "response_b"} <= set(slots):
                 first, second = (self._fit(slots, name) for name in ("response_a", "response_b"))
                 value, raw = self._better(rubric, first, second), f"response_a fits {first:g}, response_b {second:g}"
             else:
@@ -65,6 +70,18 @@ class OracleJudge:
         if not entailed + contradicted:
             raise _Silent(f"the {name} touches nothing that the persona says")
         return entailed / (entailed + contradicted)
+
+    def _of_statement(self, slots: dict[str, object]) -> str:
+        statement = str(slots["statement"])
+        if "response" not in slots:
+            relevant = oracle.relevant(statement, str(slots["query"]))
+            if relevant is None:
+                raise _Silent(f"the statement or the query is {_OUTSIDE}")
+            return "yes" if relevant else "no"
+        label = oracle.nli(statement, str(slots["response"]).strip())
+        if label is None:
+            raise _Silent(f"the statement or the response is {_OUTSIDE}")
+        return label
 
     def _grade(self, rubric: Rubric, fit: float) -> float | str:
         answers = rubric.answers
