@@ -1,14 +1,16 @@
-"""Files appear whole or not at all: write beside the target, fsync, rename (docs: what is on disk)."""
+"""Files appear whole or not at all: write beside the target, fsync, rename. Lines that are appended survive a kill."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -107,3 +109,61 @@ def sha256(path: Path | str) -> str:
     """Hex digest of a file's bytes, read in blocks."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` to `path` whole or not at all. Raises UserError as `atomic_write` does."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """The JSON values of a file of lines, which need not exist; a torn last line (no newline: the writer was killed)
+    is passed over. Raises UserError naming file and line for any other line that is not JSON."""
+    if not path.exists():
+        return
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}, is not valid JSON ({error}).") from error
+
+
+class LineWriter:
+    """Appends lines to a file: a written line survives the death of the process, a synced one the machine's.
+
+    A torn last line of a writer that was killed is cut off first. Raises UserError where the disk does not take it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._drop_torn_line()
+        except OSError as error:
+            raise UserError(f"{path} cannot be opened for writing: {error.strerror}.") from error
+
+    def _drop_torn_line(self) -> None:
+        content = self._path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            os.truncate(self._path, content.rfind(b"\n") + 1)
+
+    def write(self, line: bytes) -> None:
+        """Append one line, given with its newline."""
+        try:
+            written = os.write(self._file, line)
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+        except OSError as error:
+            raise UserError(f"{self._path} could not be extended: {error.strerror}; its rows are kept.") from error
+
+    def sync(self) -> None:
+        """Wait until everything written is on the disk."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)

@@ -23,9 +23,10 @@ from persona.evaluation.episodes import Benchmark
 from persona.evaluation.judges.judging import Rubric, require
 from persona.evaluation.judges.parsing import parse_integer
 from persona.evaluation.prompts import Prompt
-from persona.evaluation.results import Row, write_json
+from persona.evaluation.results import Row
 from persona.evaluation.roles import Roles
 from persona.evaluation.statistics import Estimate, Metric, estimate
+from persona.files import write_json
 from persona.types import Message, Persona, Request, Sample, Sampling, Score, Verdict
 
 LANGUAGES = ("en", "zh")

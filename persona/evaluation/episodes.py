@@ -1,45 +1,34 @@
-"""The runner: many episodes open at once, what they wait for answered in full batches, every finished one on disk.
+"""Benchmarks: a list of samples and one coroutine each, run into a folder of results.
 
-A benchmark writes its episode as if it had the model to itself; here the requests of all open episodes meet and are
-answered together, whoever they are for. A folder holds results of one setting only, and a killed run goes on.
+A folder holds results of one setting only, and a killed run goes on.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import inspect
 import json
 import math
 import platform
 import random
-import threading
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import Any
 
 from persona.errors import UserError
 from persona.evaluation import results
-from persona.evaluation.batching import AsyncModel, LanguageModel
-from persona.evaluation.judges.judging import Judge, ModelJudge
 from persona.evaluation.judges.judging import Unscored as Unscored
 from persona.evaluation.prompts import Prompt
-from persona.evaluation.results import Row, RowWriter, Summary
-from persona.evaluation.roles import Parrot, Roles, Speaker
+from persona.evaluation.results import Row, Summary
+from persona.evaluation.roles import Cast as Cast
+from persona.evaluation.roles import Parrot, Player, Roles
+from persona.evaluation.runner import Processes, part, parts, place, run_episodes, usage, usage_files
 from persona.evaluation.statistics import Metric, check_metric
-from persona.files import atomic_write
+from persona.files import atomic_write, write_json
 from persona.types import Sample, Score
-
-_OPEN_BATCHES = 8  # batches' worth of open episodes: enough to sort by length, few enough to finish steadily
-_REPORT_SECONDS = 30.0
 
 
 class Benchmark:
@@ -84,15 +73,6 @@ class Benchmark:
         return rng.choice(sample.options or [s.target for s in self.samples()])
 
 
-class Processes(Protocol):
-    """Several processes sharing one run; accelerate's PartialState is one."""
-
-    process_index: int
-    num_processes: int
-
-    def wait_for_everyone(self) -> None: ...
-
-
 @dataclass(frozen=True)
 class Trivial:
     """In the model's place: answers without reading. "constant" or "random" (drawn by sample id)."""
@@ -104,30 +84,6 @@ class Trivial:
         if self.kind == "constant":
             return Parrot(benchmark.constant(sample))
         return Parrot(benchmark.chance(sample, random.Random(f"{self.seed}-{sample.id}")))
-
-
-Player = LanguageModel | Speaker  # a local model in batches, or an endpoint
-
-
-@dataclass(frozen=True)
-class Cast:
-    """Who plays which role in a run. A judge may also be a Judge of its own kind (a rule, the town's oracle)."""
-
-    model: Player | Trivial
-    judges: Sequence[Player | Judge] = ()
-    user_simulator: Player | None = None
-    reference: Player | None = None
-
-    def players(self) -> dict[str, Any]:
-        """Everybody by role, numbered where a role is taken by several."""
-        judges = {f"judge {number}": judge for number, judge in enumerate(self.judges, start=1)}
-        everybody: dict[str, Any] = {"model": self.model, **judges}
-        everybody |= {"user_simulator": self.user_simulator, "reference": self.reference}
-        return {role: player for role, player in everybody.items() if player is not None}
-
-    def usage(self) -> dict[str, Any]:
-        """Requests, tokens and cost of each role that counts them (endpoints)."""
-        return {role: dict(player.usage) for role, player in self.players().items() if hasattr(player, "usage")}
 
 
 def data_fingerprint(samples: Sequence[Sample]) -> str:
@@ -177,7 +133,7 @@ def run_benchmark(
         "data": data_fingerprint(samples),
         **json.loads(json.dumps(settings)),
     }
-    rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
+    rank, world = place(processes)
     if not overwrite:
         _check_settings(folder, settings)
     if processes:
@@ -187,84 +143,36 @@ def run_benchmark(
     if processes:
         processes.wait_for_everyone()
 
-    done = {row.id for path in _parts(folder) for row in results.read_rows(path)}
-    left = [sample for sample in samples[rank::world] if sample.id not in done]
-    started, before = time.monotonic(), cast.usage()
-    writer = RowWriter(folder / ("samples.jsonl" if rank == 0 else f"samples.part{rank}.jsonl"))
-    try:
-        shown = progress and rank == 0 and bool(left)
-        with _Bar(f"{benchmark.name} · {stack}", len(samples[rank::world]), len(left), shown) as bar:
-            _run_loop(_run_all(benchmark, cast, left, batch_size, writer, bar))
-        writer.sync()
-    finally:
-        writer.close()
+    path = folder / "samples.jsonl"
+    done = {row.id for file in parts(path) for row in results.read_rows(file)}
+    mine = samples[rank::world]
+    trivial = cast.model if isinstance(cast.model, Trivial) else None
+
+    async def episode(sample: Sample, roles: Roles) -> bytes:
+        mine = roles if trivial is None else replace(roles, model=trivial.speaker(benchmark, sample))
+        score = await _episode(benchmark, sample, mine)
+        return Row.of(sample, benchmark.cluster(sample), score, benchmark.groups(sample)).line()
+
+    started = time.monotonic()
+    run_episodes(
+        [sample for sample in mine if sample.id not in done],
+        episode,
+        cast if trivial is None else replace(cast, model=Parrot("")),
+        path if rank == 0 else part(path, rank),
+        who=f"benchmark {benchmark.name}",
+        needs=benchmark.needs,
+        batch_size=batch_size,
+        title=f"{benchmark.name} · {stack}",
+        total=len(mine),
+        show=progress and rank == 0,
+    )
     if processes:
         processes.wait_for_everyone()
     if rank == 0:
-        # Endpoints live on from run to run and count on.
-        usage = {
-            role: {key: round(value - before[role].get(key, 0), 9) for key, value in now.items()}
-            for role, now in cast.usage().items()
-        }
-        spent = {"usage": usage} if usage else {}
-        _finish(
-            folder, benchmark, samples, stack, settings, time.monotonic() - started, len(samples) - len(done), spent
-        )
+        _finish(folder, benchmark, samples, stack, settings, time.monotonic() - started, len(samples) - len(done))
     if processes:
         processes.wait_for_everyone()
     return results.read_summary(folder)
-
-
-async def _run_all(
-    benchmark: Benchmark, cast: Cast, left: Sequence[Sample], batch_size: int, writer: RowWriter, bar: _Bar
-) -> None:
-    queue = iter(left)
-    fronts: dict[int, AsyncModel] = {}
-
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="model") as executor:
-
-        def speaker(player: Any, name: str) -> Any:
-            if player is None or inspect.iscoroutinefunction(player.respond):
-                return player
-            return fronts.setdefault(id(player), AsyncModel(player, batch_size, executor, name))
-
-        def judge(player: Any, number: int) -> Judge:
-            return player if hasattr(player, "ask") else ModelJudge(speaker(player, f"judge {number}"))
-
-        trivial = cast.model if isinstance(cast.model, Trivial) else None
-        roles = Roles(
-            model=Parrot("") if isinstance(cast.model, Trivial) else speaker(cast.model, "model"),
-            judges=[judge(player, number) for number, player in enumerate(cast.judges, start=1)],
-            user_simulator=speaker(cast.user_simulator, "user_simulator"),
-            reference=speaker(cast.reference, "reference"),
-        )
-        roles.check(benchmark.name, benchmark.needs)
-        for player in cast.players().values():
-            if left and hasattr(player, "check"):
-                await player.check()  # an endpoint that does not answer is known before the first sample
-
-        async def worker() -> None:
-            for sample in queue:
-                mine = roles if trivial is None else replace(roles, model=trivial.speaker(benchmark, sample))
-                score = await _episode(benchmark, sample, mine)
-                writer.write(Row.of(sample, benchmark.cluster(sample), score, benchmark.groups(sample)))
-                bar.advance()
-
-        servers = [asyncio.create_task(front.serve(writer.sync)) for front in fronts.values()]
-        workers = [asyncio.create_task(worker()) for _ in range(min(len(left), batch_size * _OPEN_BATCHES))]
-        try:
-            # Whichever fails first ends the run: a model (a server never returns) or an episode.
-            pending: set[asyncio.Task] = set(workers)
-            while pending:
-                ended, _ = await asyncio.wait({*servers, *pending}, return_when=asyncio.FIRST_COMPLETED)
-                for task in (*servers, *workers):
-                    if task in ended:
-                        task.result()
-                pending -= ended
-        finally:
-            for task in (*servers, *workers):
-                task.cancel()
-            await asyncio.gather(*servers, *workers, return_exceptions=True)
 
 
 async def _episode(benchmark: Benchmark, sample: Sample, roles: Roles) -> Score:
@@ -283,28 +191,6 @@ async def _episode(benchmark: Benchmark, sample: Sample, roles: Roles) -> Score:
     return score
 
 
-def _run_loop(main: Coroutine[Any, Any, None]) -> None:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(main)
-        return
-    # A notebook has a running loop in this thread, and loops do not nest: take another thread.
-    failure: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            asyncio.run(main)
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-
-
 def _check(benchmark: Benchmark, samples: Sequence[Sample]) -> None:
     if not samples:
         raise UserError(f'Benchmark "{benchmark.name}" has no samples.')
@@ -319,14 +205,10 @@ def _check(benchmark: Benchmark, samples: Sequence[Sample]) -> None:
         seen.add(sample.id)
 
 
-def _parts(folder: Path) -> list[Path]:
-    return [folder / "samples.jsonl", *sorted(folder.glob("samples.part*.jsonl"))]
-
-
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / "meta.json"
     if not path.exists():
-        if any(part.exists() for part in _parts(folder)):
+        if any(file.exists() for file in parts(folder / "samples.jsonl")):
             raise UserError(f"{folder} holds samples but no meta.json; use another output folder or overwrite=true.")
         return
     before = json.loads(path.read_text(encoding="utf-8"))["settings"]
@@ -345,10 +227,11 @@ def _short(value: Any) -> str:
 
 def _prepare(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
     if overwrite and folder.exists():
-        for path in (folder / "summary.json", *_parts(folder), folder / "meta.json"):
+        rows = folder / "samples.jsonl"
+        for path in (folder / "summary.json", *parts(rows), *usage_files(rows), folder / "meta.json"):
             path.unlink(missing_ok=True)
     if not (folder / "meta.json").exists():
-        results.write_json(folder / "meta.json", {"fingerprint": fingerprint(settings), "settings": settings})
+        write_json(folder / "meta.json", {"fingerprint": fingerprint(settings), "settings": settings})
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -364,20 +247,21 @@ def _finish(
     settings: Mapping[str, Any],
     seconds: float,
     ran: int,
-    spent: Mapping[str, Any],
 ) -> None:
-    rows = {row.id: row for path in _parts(folder) for row in results.read_rows(path)}
+    path = folder / "samples.jsonl"
+    rows = {row.id: row for file in parts(path) for row in results.read_rows(file)}
     ordered = [rows[sample.id] for sample in samples]
-    with atomic_write(folder / "samples.jsonl") as temporary, open(temporary, "wb") as stream:
+    with atomic_write(path) as temporary, open(temporary, "wb") as stream:
         for row in ordered:
             stream.write(row.line())
-    for part in _parts(folder)[1:]:
-        part.unlink()
+    for file in parts(path)[1:]:
+        file.unlink()
     if ran == 0 and (folder / "summary.json").exists():
         environment = results.read_summary(folder).environment
     else:
         environment = _environment() | {"seconds": round(seconds, 3), "samples_per_second": round(ran / seconds, 3)}
-        environment |= spent
+        if asked := usage(path):
+            environment["usage"] = asked
     summary = results.summarize(
         ordered,
         benchmark=benchmark.name,
@@ -395,41 +279,3 @@ def _finish(
 def _environment() -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
     return {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", **versions}
-
-
-class _Bar:
-    """Progress with rate and time left: a bar on a terminal, a line now and then in a log file."""
-
-    def __init__(self, title: str, total: int, left: int, shown: bool) -> None:
-        self._title, self._total, self._left, self._done = title, total, left, 0
-        self._console = Console(stderr=True)
-        self._bar: Progress | None = None
-        self._shown, self._started = shown, time.monotonic()
-        self._spoke = self._started
-        if shown and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console,
-            )  # fmt: skip
-            self._task = self._bar.add_task(title, total=total, completed=total - left, rate="")
-
-    def __enter__(self) -> _Bar:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self) -> None:
-        self._done += 1
-        now = time.monotonic()
-        rate = self._done / max(now - self._started, 1e-9)
-        if self._bar is not None:
-            self._bar.update(self._task, advance=1, rate=f"{rate:.1f}/s")
-        elif self._shown and (now - self._spoke > _REPORT_SECONDS or self._done == self._left):
-            self._spoke = now
-            minutes = (self._left - self._done) / rate / 60
-            done = self._total - self._left + self._done
-            self._console.print(f"{self._title}: {done}/{self._total}, {rate:.1f}/s, {minutes:.1f} min left")

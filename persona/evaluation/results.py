@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -19,7 +18,7 @@ from typing import Any
 
 from persona.errors import UserError
 from persona.evaluation.statistics import RESAMPLES, Estimate, Metric, estimate
-from persona.files import atomic_write
+from persona.files import read_lines, write_json
 from persona.types import Message, Sample, Score, Verdict
 
 FORMAT_VERSION = 2
@@ -159,71 +158,21 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}).") from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` whole or not at all."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-
-
 def read_rows(path: Path) -> list[Row]:
     """All rows of a samples.jsonl; a torn last line (no newline: the writer was killed) is passed over.
 
     Raises UserError naming file and line for anything else that is not a row.
     """
-    if not path.exists():
-        return []
     rows = []
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                entry = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}, is not valid JSON ({error}).") from error
-            if not isinstance(entry, dict) or set(entry) != _ROW_KEYS:
-                found = ", ".join(sorted(entry)) if isinstance(entry, dict) else type(entry).__name__
-                raise UserError(f"{path}, line {number}, has {found} where {', '.join(sorted(_ROW_KEYS))} belong.")
-            for key in ("items", "messages", "options", "transcript"):
-                entry[key] = None if entry[key] is None else tuple(entry[key])
-            entry["verdicts"] = tuple(Verdict(**verdict) for verdict in entry["verdicts"])
-            rows.append(Row(**entry))
+    for number, entry in enumerate(read_lines(path), start=1):
+        if not isinstance(entry, dict) or set(entry) != _ROW_KEYS:
+            found = ", ".join(sorted(entry)) if isinstance(entry, dict) else type(entry).__name__
+            raise UserError(f"{path}, line {number}, has {found} where {', '.join(sorted(_ROW_KEYS))} belong.")
+        for key in ("items", "messages", "options", "transcript"):
+            entry[key] = None if entry[key] is None else tuple(entry[key])
+        entry["verdicts"] = tuple(Verdict(**verdict) for verdict in entry["verdicts"])
+        rows.append(Row(**entry))
     return rows
-
-
-class RowWriter:
-    """Appends rows to a samples file: a written row survives the death of the process, a synced one the machine's."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            self._drop_torn_line()
-        except OSError as error:
-            raise UserError(f"{path} cannot be opened for writing: {error.strerror}.") from error
-
-    def _drop_torn_line(self) -> None:
-        content = self._path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            os.truncate(self._path, content.rfind(b"\n") + 1)
-
-    def write(self, row: Row) -> None:
-        """Append one row. Raises UserError when the disk does not take it."""
-        line = row.line()
-        try:
-            written = os.write(self._file, line)
-            while written < len(line):
-                written += os.write(self._file, line[written:])
-        except OSError as error:
-            raise UserError(f"{self._path} could not be extended: {error.strerror}; its rows are kept.") from error
-
-    def sync(self) -> None:
-        """Wait until everything written is on the disk."""
-        os.fsync(self._file)
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._file)
 
 
 def summarize(

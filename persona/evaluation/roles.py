@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from persona.errors import UserError
+from persona.evaluation.batching import LanguageModel
 from persona.evaluation.judges.judging import Judge, Rubric
 from persona.types import Request, Response, Verdict
 
@@ -58,11 +59,36 @@ class Roles:
         """Every judge's verdict on the same question, asked at once, in the order of `judges`."""
         return list(await asyncio.gather(*(judge.ask(rubric, **slots) for judge in self.judges)))
 
-    def check(self, benchmark: str, needs: Sequence[str]) -> None:
-        """Raise UserError when a role that `benchmark` needs is not taken, or two judges have one name."""
+    def check(self, who: str, needs: Sequence[str]) -> None:
+        """Raise UserError when a role that `who` needs is not taken, or two judges have one name."""
         names = [judge.name for judge in self.judges]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"two judges are called {twice!r}: their verdicts could not be told apart")
         for role in needs:
             if not (self.judges if role == "judge" else getattr(self, role)):
-                raise UserError(f"benchmark {benchmark} needs a {role}: choose one with {role}=endpoint, say")
+                raise UserError(f"{who} needs a {role}: choose one with {role}=endpoint, say")
+
+
+Player = LanguageModel | Speaker  # a local model in batches, or an endpoint
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who plays which role in a run. A judge may also be a Judge of its own kind (a rule, the town's oracle), and the
+    model of a benchmark an answer without reading (`episodes.Trivial`)."""
+
+    model: Any
+    judges: Sequence[Player | Judge] = ()
+    user_simulator: Player | None = None
+    reference: Player | None = None
+
+    def players(self) -> dict[str, Any]:
+        """Everybody by role, numbered where a role is taken by several."""
+        judges = {f"judge {number}": judge for number, judge in enumerate(self.judges, start=1)}
+        everybody: dict[str, Any] = {"model": self.model, **judges}
+        everybody |= {"user_simulator": self.user_simulator, "reference": self.reference}
+        return {role: player for role, player in everybody.items() if player is not None}
+
+    def usage(self) -> dict[str, Any]:
+        """Requests, tokens and cost of each role that counts them (endpoints)."""
+        return {role: dict(player.usage) for role, player in self.players().items() if hasattr(player, "usage")}

@@ -16,8 +16,9 @@ from evaluation_toys import Ratings, ToyModel
 
 from persona.errors import UserError
 from persona.evaluation.episodes import Benchmark, Unscored, data_fingerprint, run_benchmark
-from persona.evaluation.results import Row, RowWriter, read_rows, read_summary
+from persona.evaluation.results import Row, read_rows, read_summary
 from persona.evaluation.statistics import Metric
+from persona.files import LineWriter
 from persona.types import Message, Request, Sample, Sampling, Score
 
 SETTINGS = {"base_model": "toy", "personalizers": [], "sampling": asdict(Sampling()), "seed": 0}
@@ -237,7 +238,7 @@ def test_three_processes_give_the_same_files_as_one_also_after_a_change_of_their
     with pytest.raises(RuntimeError):
         run(Ratings(50), Stops(20), tmp_path / "three", batch_size=4)
     left = read_rows(tmp_path / "three" / "samples.jsonl")
-    RowWriter(tmp_path / "three" / "samples.part5.jsonl").write(left[0])  # left by a larger launch, seen twice
+    LineWriter(tmp_path / "three" / "samples.part5.jsonl").write(left[0].line())  # left by a larger launch, seen twice
     barrier, found = threading.Barrier(3), []
 
     def work(rank):
@@ -347,9 +348,9 @@ def test_bad_samples_and_files_are_named(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_one_sentence():
-    writer = RowWriter.__new__(RowWriter)
+    writer = LineWriter.__new__(LineWriter)
     writer._path, writer._file = Path("/dev/full"), os.open("/dev/full", os.O_WRONLY)
     sample = Ratings(1).samples()[0]
     with pytest.raises(UserError, match="could not be extended: No space left on device"):
-        writer.write(Row.of(sample, "a", Score({"x": 1.0})))
+        writer.write(Row.of(sample, "a", Score({"x": 1.0})).line())
     writer.close()
