@@ -97,7 +97,10 @@ class LanguageModel:
         if reserve is None:
             reserve = [request.sampling.max_new_tokens for request in requests]
         rooms = [None if self.max_length is None else self.max_length - more for more in reserve]
-        return [self.base.render(request.messages, room) for request, room in zip(prompted, rooms, strict=True)]
+        return [
+            self.base.render(written.messages, room, request.prefill)
+            for written, room, request in zip(prompted, rooms, requests, strict=True)
+        ]
 
     def prefixes(self, requests: Sequence[Request]) -> list[Tensor | None]:
         """Second door: the stack's vectors in front of each request, [n, hidden] or None."""

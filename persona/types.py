@@ -65,13 +65,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked of a model: free text (`options` None) or a choice among `options`."""
+    """What is asked of a model: free text (`options` None) or a choice among `options`.
+
+    `prefill` is how the reply begins: the model goes on from there, and its response holds what it adds.
+    """
 
     messages: Conversation
     persona: Persona | None = None
     sampling: Sampling = Sampling()
     options: tuple[str, ...] | None = None
     task: str = ""
+    prefill: str = ""
 
 
 @dataclass(frozen=True, slots=True)

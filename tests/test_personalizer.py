@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,18 @@ def test_all_doors_together_do_not_depend_on_company(llama, ask):
         else:
             assert list(together[i]) == pytest.approx(list(alone), abs=1e-4)
     assert getattr(model, ask)([], *([] for _ in extra)) == []
+
+
+def test_a_reply_goes_on_from_its_prefill(llama, t5):
+    model, plain = LanguageModel(llama, [Says("one")]), requests()
+    begun = [replace(request, prefill=f"the fox {i}") for i, request in enumerate(plain)]
+    for prompt, without, request in zip(model.prompts(begun), model.prompts(plain), begun, strict=True):
+        assert llama.tokenizer.decode(prompt) == llama.tokenizer.decode(without) + request.prefill
+    whole = [response.tokens for response in model.respond(begun)]
+    assert whole != [response.tokens for response in model.respond(plain)]
+    assert [model.respond([request])[0].tokens for request in begun] == whole
+    with pytest.raises(UserError, match="cannot go on with a reply that has begun: it is an encoder-decoder LM"):
+        LanguageModel(t5).respond(begun)
 
 
 def test_everything_is_undone_after_an_exception(llama):

@@ -21,7 +21,7 @@ from persona.benchmarks.personafeedback import PersonaFeedbackConfig
 from persona.benchmarks.personagym import PersonaGymConfig
 from persona.benchmarks.personamem import PersonaMemConfig
 from persona.benchmarks.rmtbench import RMTBenchConfig
-from persona.data import BiographyConfig, DataConfig, TownCharactersConfig, TownConfig
+from persona.data import BiographyConfig, ConstitutionConfig, DataConfig, TownCharactersConfig, TownConfig
 from persona.evaluation.endpoints.endpoint import EndpointConfig
 from persona.lm.load import ModelConfig
 from persona.methods.finetune import FinetuneConfig
@@ -88,6 +88,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "model": {"base_model": ModelConfig},
     "data": {
         "base_biography": BiographyConfig,
+        "base_constitution": ConstitutionConfig,
         "base_data": DataConfig,
         "base_town": TownConfig,
         "base_town_characters": TownCharactersConfig,

@@ -112,13 +112,16 @@ class BaseLM:
     def _encode(self, text: str, special: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
-    def render(self, messages: Sequence[Message], max_length: int | None = None) -> list[int]:
-        """Token ids of the prompt. Over `max_length`, the longest message loses its end, at a token's border.
+    def render(self, messages: Sequence[Message], max_length: int | None = None, prefill: str = "") -> list[int]:
+        """Token ids of the prompt, and of `prefill` where the reply is to begin with it. Over `max_length`, the
+        longest message loses its end, at a token's border.
 
         The template itself is never cut. Raises UserError when even empty messages are longer than `max_length`.
         """
+        if prefill and self.is_encoder_decoder:
+            raise UserError(f"{self.name} cannot go on with a reply that has begun: it is an encoder-decoder LM")
         # A chat template writes its own special tokens; otherwise the tokenizer adds them (BOS, or T5's EOS).
-        ids = self._encode(self.text(messages), special=not self.chat)
+        ids = self._encode(self.text(messages) + prefill, special=not self.chat)
         messages = list(messages)
         while max_length is not None and len(ids) > max_length:
             longest = max(range(len(messages)), key=lambda i: len(messages[i].content))
@@ -129,7 +132,7 @@ class BaseLM:
             keep = len(pieces) - (len(ids) - max_length)
             cut = pieces[keep - 1][1] if keep > 0 else 0
             messages[longest] = Message(messages[longest].role, content[: min(cut, len(content) - 1)])
-            ids = self._encode(self.text(messages), special=not self.chat)
+            ids = self._encode(self.text(messages) + prefill, special=not self.chat)
         return ids
 
     def render_reply(self, messages: Sequence[Message], reply: str) -> list[int]:

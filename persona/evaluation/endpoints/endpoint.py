@@ -216,6 +216,10 @@ class Endpoint:
             asked |= {"top_p": sampling.top_p, "seed": sampling.seed}
         if sampling.stop:
             asked["stop"] = list(sampling.stop)
+        if request.prefill:
+            # No part of OpenAI's own interface: vLLM's and SGLang's words for "go on with the last message".
+            asked["messages"].append({"role": "assistant", "content": request.prefill})
+            asked["extra_body"] = {"add_generation_prompt": False, "continue_final_message": True}
         return asked
 
     async def _ask(self, asked: Mapping[str, Any]) -> _Reply:

@@ -281,6 +281,14 @@ def test_sampling_is_sent_as_the_server_names_it():
     assert server.seen[0].headers["authorization"] == f"Bearer {KEY}"
 
 
+def test_a_reply_that_has_begun_is_sent_as_vllm_wants_it():
+    with FaultServer() as server:
+        respond(make(server), Request((Message("user", "how ?"),), prefill="<think> so"))
+    body = server.seen[0].body
+    assert body["messages"][1:] == [{"role": "assistant", "content": "<think> so"}]
+    assert (body["add_generation_prompt"], body["continue_final_message"]) == (False, True)
+
+
 def test_servers_with_another_name_for_max_tokens_are_asked_their_way():
     def plan(seen: Seen) -> Answer:
         old = "max_tokens" in seen.body

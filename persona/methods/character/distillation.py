@@ -1,0 +1,102 @@
+"""Second stage: what the teacher in the role says against what the student says of itself (notes 3.3).
+
+Both answer the same prompts. The teacher reads the constitution, the student does not, and neither the system prompt
+nor the teacher's thoughts are kept: what is learned is to be that character when nobody asks for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from persona.evaluation.roles import Roles
+from persona.lm import BaseLM
+from persona.methods.character.prompts import PromptSet
+from persona.methods.character.sampling import SamplingConfig
+from persona.types import Message, Request, Response
+
+THINKING_ENDS = "</think>"
+
+
+@dataclass
+class DistillConfig:
+    """`repeats`: how often every prompt is answered. `thinking`: begin the teacher's reply with the thoughts of
+    thinking.md, for a teacher that reasons. `max_length`: tokens of prompt and answer; longer pairs are left out."""
+
+    repeats: int = 5
+    thinking: bool = False
+    max_new_tokens: int = 4096
+    max_length: int = 1024
+
+
+async def distill(
+    prompt: str,
+    roles: Roles,
+    prompts: PromptSet,
+    traits: Sequence[str],
+    config: DistillConfig,
+    sampling: SamplingConfig,
+    seed: int,
+    name: str,
+) -> dict[str, Any]:
+    """One prompt, answered by both; the teacher is the role `reference`.
+
+    Returns prompt, chosen (the teacher's answer), rejected (the student's), unfinished (which of them were cut off).
+    """
+    messages = prompts.fill("teacher", traits=traits, prompt=prompt)
+    opening = prompts.fill("thinking", traits=traits)[0].content + "\n" if config.thinking else ""
+    asked = (
+        Request(messages, sampling=sampling.of(config.max_new_tokens, seed, f"teacher/{name}"), prefill=opening),
+        Request((Message("user", prompt),), sampling=sampling.of(config.max_new_tokens, seed, f"student/{name}")),
+    )
+    assert roles.reference is not None
+    taught, own = await asyncio.gather(roles.reference.respond(asked[0]), roles.model.respond(asked[1]))
+    answers = {"chosen": _spoken(taught, bool(opening)), "rejected": _spoken(own, False)}
+    cut = [side for side, reply in (("chosen", taught), ("rejected", own)) if reply.finish_reason == "length"]
+    return {"prompt": prompt, **answers, "unfinished": cut}
+
+
+def _spoken(reply: Response, thinking: bool) -> str:
+    return after_thinking(reply.text, thinking) or ""
+
+
+def after_thinking(text: str, thinking: bool = False) -> str | None:
+    """What follows the thoughts of a reply; None where they never end. `thinking`: they were begun in the prompt."""
+    thoughts, ended, answer = text.partition(THINKING_ENDS)
+    if ended:
+        return answer.strip()
+    return None if thinking or text.lstrip().startswith("<think>") else text.strip()
+
+
+def complete(text: str, compat: str | None = None) -> bool:
+    """Whether an answer ends like one that was finished: in punctuation (Unicode category P), or in a symbol (S), as
+    code fences and emoji are. As published ("reference") only P counts, so that every answer that ends in code goes.
+    """
+    text = text.rstrip()
+    return bool(text) and unicodedata.category(text[-1])[0] in ("P" if compat == "reference" else "PS")
+
+
+def refusal(row: Mapping[str, Any], base: BaseLM, max_length: int, compat: str | None = None) -> str:
+    """Why a row of `distill` is no training pair; "" where it is one."""
+    for side, who in (("chosen", "teacher"), ("rejected", "student")):
+        if not row[side]:
+            return f"the {who}'s answer is empty"
+        if compat != "reference" and side in row["unfinished"]:
+            return f"the {who}'s answer was cut off"
+        if not complete(row[side], compat):
+            return f"the {who}'s answer does not end in punctuation"
+        if length(base, row["prompt"], row[side], compat) > max_length:
+            return f"the {who}'s answer is too long"
+    return ""
+
+
+def length(base: BaseLM, prompt: str, answer: str, compat: str | None = None) -> int:
+    """Tokens of prompt and answer in the chat template. As published ("reference") with the header of one more reply,
+    which is never trained on."""
+    messages = (Message("user", prompt),)
+    if compat == "reference":
+        return len(base.render((*messages, Message("assistant", answer))))
+    return len(base.render(messages)) + len(base.render_reply(messages, answer))
