@@ -82,6 +82,16 @@ def _as_it_was(model: Any) -> Iterator[None]:
         model.eval().requires_grad_(False)
 
 
+def spare_head(base: BaseLM) -> None:
+    """Raises UserError when an adapter changes the output head: TRL's trainers read the head's own weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(base.model.get_output_embeddings(), BaseTunerLayer):
+        raise UserError(
+            "target_modules includes the base LM's output head, which this trainer cannot change: name others"
+        )
+
+
 def save_adapter(peft_model: Any, folder: Path) -> Path:
     """Write the adapter as PEFT reads it, whole or not at all; of several processes the first writes, others wait."""
     processes = PartialState()

@@ -1,7 +1,8 @@
 """One training loop for every method: transformers' Trainer, with checkpoints and signals that lose nothing.
 
 A method hands over a torch module whose forward returns {"loss"} (summed over `labels`, divided by
-`num_items_in_batch`), a map-style data set and a collator; the rest is here.
+`num_items_in_batch`), a map-style data set and a collator; the rest is here. TRL's trainers go through the same
+`arguments` and `run` (persona/training/preference.py, supervised.py).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,11 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 
 from persona.errors import UserError
 from persona.training.checkpoints import WholeCheckpoints, newest, steps
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # for mixins: they stand before the Trainer in the bases
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +44,8 @@ class TrainerConfig:
     weight_decay: float = 1e-4
     warmup_ratio: float = 0.05
     scheduler: str = "linear"
+    scheduler_options: dict[str, Any] = field(default_factory=dict)  # e.g. min_lr_rate of cosine_with_min_lr
+    adam_beta2: float = 0.999
     epochs: float = 2.0
     max_steps: int = -1  # > 0 overrides epochs
     batch_size: int = 16  # per process and forward
@@ -142,8 +150,8 @@ class _Bar(ProgressCallback):
     shown: dict[str, Any] = {}
 
 
-class MethodTrainer(WholeCheckpoints, Trainer):
-    """Trainer over a method's module. A loss that is not finite ends the run with the step it happened in."""
+class OwnTrainer(WholeCheckpoints, _Trainer):
+    """Mixin: whole checkpoints, and a loss that is not finite ends the run with the step it happened in."""
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
@@ -156,6 +164,17 @@ class MethodTrainer(WholeCheckpoints, Trainer):
                 "the checkpoints before it are whole"
             )
         return loss
+
+    # TRL's trainers write a model card beside every checkpoint and tell the hub what is trained.
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _send_telemetry(self) -> None:
+        pass
+
+
+class MethodTrainer(OwnTrainer, Trainer):
+    """Trainer over a method's module."""
 
 
 def fit(
@@ -177,21 +196,44 @@ def fit(
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trainable:
         raise UserError("there is nothing to train: no parameter of the method is trainable")
+    module.accepts_loss_kwargs = True  # the Trainer then counts labels over all processes and accumulated batches
+    evaluates = dev is not None and len(dev) > 0  # type: ignore[arg-type]
+    trainer = MethodTrainer(
+        model=module,
+        args=arguments(config, out, evaluates),
+        train_dataset=train,
+        eval_dataset=dev if evaluates else None,
+        data_collator=collate,
+    )
+    if groups is not None:
+        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "betas": (0.9, config.adam_beta2)}
+        trainer.optimizer = torch.optim.AdamW([{**options, **group} for group in groups])
+    run(trainer, config, out)
+
+
+def arguments(
+    config: TrainerConfig,
+    out: Path,
+    evaluates: bool,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **more: Any,
+) -> TrainingArguments:
+    """What transformers' Trainer (or TRL's, with its `kind` and `more`) is told; makes `out/checkpoints`."""
     folder = out / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_MODE", config.wandb)
     os.environ.setdefault("WANDB_DIR", str(out))
     os.environ.setdefault("WANDB_PROJECT", "persona")
     os.environ.setdefault("WANDB_SILENT", "true")
-    module.accepts_loss_kwargs = True  # the Trainer then counts labels over all processes and accumulated batches
-    evaluates = dev is not None and len(dev) > 0  # type: ignore[arg-type]
-    arguments = TrainingArguments(
+    return kind(
         output_dir=str(folder),
         run_name=out.name,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
         warmup_steps=config.warmup_ratio,
         lr_scheduler_type=config.scheduler,
+        lr_scheduler_kwargs=dict(config.scheduler_options),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
@@ -216,17 +258,16 @@ def fit(
         deepspeed=config.deepspeed,
         use_cpu=config.cpu or not torch.cuda.is_available(),
         prediction_loss_only=True,
+        **more,
     )
-    trainer = MethodTrainer(
-        model=module,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=dev if evaluates else None,
-        data_collator=collate,
-    )
-    if groups is not None:
-        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        trainer.optimizer = torch.optim.AdamW([{**options, **group} for group in groups])
+
+
+def run(trainer: Trainer, config: TrainerConfig, out: Path) -> None:
+    """Train to the end, from the newest whole checkpoint in `out/checkpoints` on, with signals, metrics and progress.
+
+    Raises Stopped after a SIGTERM or SIGUSR1 (a checkpoint is saved first).
+    """
+    folder = out / "checkpoints"
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar)
     signals = _Signals()
