@@ -7,6 +7,7 @@ embeddings, and the modules for the length of one forward. Each door may differ 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -23,6 +24,8 @@ from persona.files import atomic_folder, sha256
 from persona.lm import BaseLM, Row
 from persona.lm.batch import Edit
 from persona.types import Request, Response
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 
@@ -73,7 +76,8 @@ class LanguageModel:
     """A base LM under a stack of personalizers; the only thing methods and benchmarks both know.
 
     Prompts pass the stack in order; vectors in front stand in stack order; edits of modules add up. The second and
-    third door see the request as the user made it, before the first door.
+    third door see the request as the user made it, before the first door. `cut` says what the last call's prompts lost
+    because they did not fit the base's positions: tokens, in its order.
     """
 
     def __init__(
@@ -87,6 +91,8 @@ class LanguageModel:
         self.personalizers = tuple(personalizers)
         self.batch_size = batch_size
         self.max_length = max_length or base.max_positions
+        self.cut: tuple[int, ...] = ()
+        self._warned = False
 
     def prompts(self, requests: Sequence[Request], reserve: Sequence[int] | None = None) -> list[list[int]]:
         """Token ids of every prompt, first door applied; each is cut so that its own `reserve` of further positions
@@ -97,10 +103,19 @@ class LanguageModel:
         if reserve is None:
             reserve = [request.sampling.max_new_tokens for request in requests]
         rooms = [None if self.max_length is None else self.max_length - more for more in reserve]
-        return [
-            self.base.render(written.messages, room, request.prefill)
+        fitted = [
+            self.base.fit(written.messages, room, request.prefill)
             for written, room, request in zip(prompted, rooms, requests, strict=True)
         ]
+        self.cut = tuple(lost for _, lost in fitted)
+        if any(self.cut) and not self._warned:
+            self._warned = True
+            length, lost = next((len(ids) + lost, lost) for ids, lost in fitted if lost)
+            logger.warning(
+                "a prompt of %d tokens does not fit the %d positions of %s beside its reply: its longest message lost "
+                "its end, %d tokens (said once, counted in results)", length, self.max_length, self.base.name, lost,
+            )  # fmt: skip
+        return [ids for ids, _ in fitted]
 
     def prefixes(self, requests: Sequence[Request]) -> list[Tensor | None]:
         """Second door: the stack's vectors in front of each request, [n, hidden] or None."""

@@ -13,8 +13,9 @@ from persona.evaluation.endpoints.endpoint import Endpoint, PersonalizedEndpoint
 from persona.methods import load_personalizer
 
 
-def play(role: RoleConfig, name: str) -> Any:
-    """Whoever `role` says, for the role `name`; None where its kind is "none". Raises UserError."""
+def play(role: RoleConfig, name: str, seed: int = 0) -> Any:
+    """Whoever `role` says, for the role `name`; None where its kind is "none". `seed` is what a random judge draws
+    with. Raises UserError."""
     if role.kind in ("random", "oracle") and name in ("reference", "user_simulator", "teacher"):
         raise UserError(f"{name}.kind={role.kind} is for judges only: choose local or endpoint")
     if role.kind == "local":
@@ -24,7 +25,7 @@ def play(role: RoleConfig, name: str) -> Any:
     if role.kind == "random":
         from persona.evaluation.judges.judging import random_judge
 
-        return random_judge(0)
+        return random_judge(seed)
     if role.kind == "oracle":
         from persona.evaluation.judges.oracle import OracleJudge
 
@@ -33,8 +34,9 @@ def play(role: RoleConfig, name: str) -> Any:
 
 
 def judges(roles: Mapping[str, RoleConfig]) -> list[Any]:
-    """Every judge that is taken, in order."""
-    return [play(role, name) for name, role in roles.items() if role.kind != "none"]
+    """Every judge that is taken, in order; random ones draw each for itself."""
+    taken = [(name, role) for name, role in roles.items() if role.kind != "none"]
+    return [play(role, name, seed) for seed, (name, role) in enumerate(taken)]
 
 
 def personalized(endpoint: Endpoint, stack: Sequence[Any], tokenizer: lm.ModelConfig) -> Any:

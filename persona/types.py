@@ -124,6 +124,7 @@ class Score:
     """The values one episode earned, or *unscored* (`values` empty) with the reason. Unscored is not zero.
 
     `raw` is the reply that was scored; `transcript` the whole conversation where it has more turns than the sample.
+    `cut` is for the runner: tokens that prompts of each role lost, as they did not fit a local model's positions.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
@@ -131,6 +132,7 @@ class Score:
     raw: str = ""
     verdicts: tuple[Verdict, ...] = ()
     transcript: Conversation = ()
+    cut: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def scored(self) -> bool:

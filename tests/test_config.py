@@ -99,6 +99,13 @@ def test_accelerate_reads_every_launch_file() -> None:
             assert "optimizer" not in deepspeed and deepspeed["train_batch_size"] == "auto"
 
 
+def test_several_judges_are_named_side_by_side() -> None:
+    cfg = load_config("evaluate", ["judge=[local,random,second_endpoint]", "judge.second_endpoint.endpoint.model=m"])
+    assert {name: role.kind for name, role in cfg.judge.items()} == {
+        "local": "local", "random": "random", "second_endpoint": "endpoint",
+    }  # fmt: skip
+
+
 # ---- mistakes on the command line ----------------------------------------------------------------------------------
 
 

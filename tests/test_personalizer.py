@@ -189,6 +189,20 @@ def test_room_for_vectors_and_reply_is_each_rows_own(llama):
     assert [len(row.prompt) for row in model.rows([one, two])] == [70 - 20 - 5, 70 - 40]
 
 
+def test_what_prompts_lose_is_said_of_each_and_warned_of_once(llama, caplog):
+    short, long = Message("user", TEXTS[0]), Message("user", " ".join(TEXTS))
+    asked = [Request((text,), sampling=Sampling(max_new_tokens=5), options=("a",)) for text in (short, long, short)]
+    whole = [len(llama.render(request.messages)) for request in asked]
+    model = LanguageModel(llama, max_length=whole[1] - 2)
+    model.respond(asked)
+    assert model.cut == (0, 2 + 5, 0)
+    model.choose(asked[1:])
+    assert model.cut == (2 + 1, 0)
+    assert LanguageModel(llama).respond(asked) and [record.levelname for record in caplog.records] == ["WARNING"]
+    room = f"a prompt of {whole[1]} tokens does not fit the {whole[1] - 2} positions"
+    assert room in caplog.text and "lost its end, 7 tokens (said once" in caplog.text
+
+
 # ---- on disk -------------------------------------------------------------------------------------------------------
 
 

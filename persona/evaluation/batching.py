@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from persona.errors import UserError
 from persona.types import Request, Response, Sampling
 
+_cuts: ContextVar[Counter[str] | None] = ContextVar("cuts", default=None)  # the open episode's
 _QUIET_ROUNDS = 4  # passes of the event loop without a new request after which every open episode is waiting
 
 
@@ -22,6 +26,17 @@ class LanguageModel(Protocol):
     def choose(self, requests: Sequence[Request]) -> list[list[float]]: ...
 
     def loglikelihood(self, requests: Sequence[Request], targets: Sequence[str]) -> list[tuple[float, int]]: ...
+
+
+@contextmanager
+def counting_cuts() -> Iterator[Counter[str]]:
+    """Role → tokens lost by the prompts that are asked inside, because they did not fit a local model's positions."""
+    counter: Counter[str] = Counter()
+    token = _cuts.set(counter)
+    try:
+        yield counter
+    finally:
+        _cuts.reset(token)
 
 
 @dataclass
@@ -71,7 +86,10 @@ class AsyncModel:
         self._pending.setdefault((kind, sampling), []).append(entry)
         self._count += 1
         self._arrived.set()
-        return await entry.future
+        answer, cut = await entry.future
+        if cut and (counter := _cuts.get()) is not None:
+            counter[self.name] += cut
+        return answer
 
     async def serve(self, before_batch: Callable[[], None]) -> None:
         """Answer batches until cancelled; `before_batch` is called before each one. A model error ends the run."""
@@ -104,7 +122,8 @@ class AsyncModel:
             quiet = quiet + 1 if self._count == seen else 0
             seen = self._count
 
-    def _answers(self, kind: str, batch: list[_Pending]) -> Sequence[Any]:
+    def _answers(self, kind: str, batch: list[_Pending]) -> list[tuple[Any, int]]:
+        """Each one's answer, and how many tokens its prompt lost."""
         requests = [entry.request for entry in batch]
         answers: Sequence[Any]
         if kind == "respond":
@@ -115,4 +134,4 @@ class AsyncModel:
             answers = self._model.loglikelihood(requests, [entry.target for entry in batch])
         if len(answers) != len(batch):
             raise RuntimeError(f"The model gave {len(answers)} answers to {len(batch)} requests in {kind}.")
-        return answers
+        return list(zip(answers, getattr(self._model, "cut", None) or (0,) * len(batch), strict=True))

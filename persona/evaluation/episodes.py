@@ -20,6 +20,7 @@ from typing import Any
 
 from persona.errors import UserError
 from persona.evaluation import results
+from persona.evaluation.batching import counting_cuts
 from persona.evaluation.judges.judging import Unscored as Unscored
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import Row, Summary
@@ -176,13 +177,15 @@ def run_benchmark(
 
 
 async def _episode(benchmark: Benchmark, sample: Sample, roles: Roles) -> Score:
-    try:
-        score = await benchmark.episode(sample, roles)
-    except Unscored as error:
-        return Score(reason=error.reason, raw=error.raw)
-    except Exception as error:
-        error.add_note(f'This happened in benchmark "{benchmark.name}", sample "{sample.id}".')
-        raise
+    with counting_cuts() as cut:
+        try:
+            score = await benchmark.episode(sample, roles)
+        except Unscored as error:
+            score = Score(reason=error.reason, raw=error.raw)
+        except Exception as error:
+            error.add_note(f'This happened in benchmark "{benchmark.name}", sample "{sample.id}".')
+            raise
+    score = replace(score, cut=dict(sorted(cut.items())))
     bad = [name for name, value in score.values.items() if not math.isfinite(value)]
     if bad:
         return replace(score, values={}, reason=f"{bad[0]} is not finite")

@@ -21,7 +21,7 @@ from persona.evaluation.statistics import RESAMPLES, Estimate, Metric, estimate
 from persona.files import read_lines, write_json
 from persona.types import Message, Sample, Score, Verdict
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SHOWN_ITEMS = 5
 
 
@@ -31,7 +31,8 @@ class Row:
 
     `n_items` is the length of the user's history; `items` its first few texts, for the reader of the report.
     `groups` are the breakdowns the row belongs to, as {"tier": "hard"}; `transcript` the conversation of an episode
-    with more turns than its sample, `verdicts` what judges said in it.
+    with more turns than its sample, `verdicts` what judges said in it. `cut`: what prompts lost in it as they did not
+    fit a local model's positions, as {role: tokens}.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Row:
     groups: dict[str, str]
     verdicts: tuple[Verdict, ...]
     transcript: tuple[dict[str, str], ...]
+    cut: dict[str, int]
 
     @staticmethod
     def of(sample: Sample, cluster: str, score: Score, groups: Mapping[str, str] | None = None) -> Row:
@@ -73,6 +75,7 @@ class Row:
             groups=dict(groups or {}),
             verdicts=score.verdicts,
             transcript=_plain(score.transcript),
+            cut=dict(score.cut),
         )
 
     def line(self) -> bytes:
@@ -91,7 +94,8 @@ _ROW_KEYS = {entry.name for entry in fields(Row)}
 class Summary:
     """summary.json (summary.schema.json). `metrics[name]` is how a number is formed, `estimates[name]` the number.
 
-    `primary` is the metric that stands for the benchmark in an overview.
+    `primary` is the metric that stands for the benchmark in an overview. `cut[role]` counts the `samples` in which a
+    prompt of that role did not fit its local model's positions, and the `tokens` lost.
     `settings` is what the fingerprint covers (benchmark, data, base model, personalizers, sampling, seed);
     `environment` is what may differ without making results incomparable (versions, machine, duration in seconds).
     """
@@ -103,6 +107,7 @@ class Summary:
     n: int
     n_unscored: int
     unscored_reasons: dict[str, int]
+    cut: dict[str, dict[str, int]]
     metrics: dict[str, Metric]
     estimates: dict[str, Estimate]
     settings: dict[str, Any]
@@ -207,12 +212,21 @@ def summarize(
         n=len(rows),
         n_unscored=len(rows) - len(scored),
         unscored_reasons=dict(Counter(row.reason for row in rows if not row.values).most_common()),
+        cut=_cut(rows),
         metrics=dict(metrics),
         estimates={name: value for name, value in estimates.items() if value is not None},
         settings=dict(settings),
         fingerprint=fingerprint,
         environment=dict(environment),
     )
+
+
+def _cut(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    lost: dict[str, list[int]] = {}
+    for row in rows:
+        for role, tokens in row.cut.items():
+            lost.setdefault(role, []).append(tokens)
+    return {role: {"samples": len(tokens), "tokens": sum(tokens)} for role, tokens in sorted(lost.items())}
 
 
 def write_summary(folder: Path, summary: Summary) -> Path:

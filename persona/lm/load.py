@@ -112,17 +112,23 @@ class BaseLM:
     def _encode(self, text: str, special: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
-    def render(self, messages: Sequence[Message], max_length: int | None = None, prefill: str = "") -> list[int]:
-        """Token ids of the prompt, and of `prefill` where the reply is to begin with it. Over `max_length`, the
-        longest message loses its end, at a token's border.
-
-        The template itself is never cut. Raises UserError when even empty messages are longer than `max_length`.
-        """
+    def render(self, messages: Sequence[Message], prefill: str = "") -> list[int]:
+        """Token ids of the prompt, and of `prefill` where the reply is to begin with it."""
         if prefill and self.is_encoder_decoder:
             raise UserError(f"{self.name} cannot go on with a reply that has begun: it is an encoder-decoder LM")
         # A chat template writes its own special tokens; otherwise the tokenizer adds them (BOS, or T5's EOS).
-        ids = self._encode(self.text(messages) + prefill, special=not self.chat)
-        messages = list(messages)
+        return self._encode(self.text(messages) + prefill, special=not self.chat)
+
+    def fit(
+        self, messages: Sequence[Message], max_length: int | None = None, prefill: str = ""
+    ) -> tuple[list[int], int]:
+        """Token ids as of `render`, and how many were lost: over `max_length`, the longest message loses its end, at
+        a token's border.
+
+        The template itself is never cut. Raises UserError when even empty messages are longer than `max_length`.
+        """
+        ids = self.render(messages, prefill)
+        whole, messages = len(ids), list(messages)
         while max_length is not None and len(ids) > max_length:
             longest = max(range(len(messages)), key=lambda i: len(messages[i].content))
             content = messages[longest].content
@@ -132,8 +138,8 @@ class BaseLM:
             keep = len(pieces) - (len(ids) - max_length)
             cut = pieces[keep - 1][1] if keep > 0 else 0
             messages[longest] = Message(messages[longest].role, content[: min(cut, len(content) - 1)])
-            ids = self._encode(self.text(messages) + prefill, special=not self.chat)
-        return ids
+            ids = self.render(messages, prefill)
+        return ids, whole - len(ids)
 
     def render_reply(self, messages: Sequence[Message], reply: str) -> list[int]:
         """Token ids of `reply` as the model should produce it, its end-of-turn included.

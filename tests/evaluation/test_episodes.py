@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 from evaluation_toys import Ratings, ToyModel
 
+import persona
 from persona.errors import UserError
-from persona.evaluation.episodes import Benchmark, Unscored, data_fingerprint, run_benchmark
+from persona.evaluation.episodes import Benchmark, Cast, Unscored, data_fingerprint, run_benchmark
+from persona.evaluation.judges.judging import Rubric
+from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import Row, read_rows, read_summary
 from persona.evaluation.statistics import Metric
 from persona.files import LineWriter
@@ -281,6 +284,44 @@ def test_unscored_is_counted_and_other_errors_end_the_run_naming_the_sample(tmp_
     with pytest.raises(KeyError) as caught:
         run(Probe(broken), ToyModel(), tmp_path / "b")
     assert caught.value.__notes__ == ['This happened in benchmark "probe", sample "s0".']
+
+
+@pytest.mark.parametrize("batch_size", (1, 4))
+def test_what_prompts_lost_stands_in_rows_and_summary_by_role(llama, tmp_path, batch_size):
+    """A real LM of 256 positions: prompts of s8 and s9 are too long, and so is what the judge reads from s4 on."""
+    rubric = Rubric(Prompt("short", "{{ text }} ?"), lambda reply: 1.0, (1.0,), max_new_tokens=8)
+
+    async def asked(sample, roles):
+        text = " ".join(["good morning"] * 4 * (int(sample.id[1:]) + 1))
+        await roles.judge(rubric, text=text + text)
+        request = Request((Message("user", text),), sampling=Sampling(8), options=("good", "morning"))
+        both = await asyncio.gather(roles.model.choose(request), roles.model.respond(request))
+        if sample.id == "s9":
+            raise Unscored("no", raw=both[1].text)
+        return Score({"x": 1.0})
+
+    cast = Cast(persona.load(llama), [persona.load(llama)])
+    summary = run(Probe(asked), cast, tmp_path, batch_size=batch_size)
+
+    def lost(words, reply):
+        return max(0, len(llama.render((Message("user", words),))) + reply - 256)
+
+    longest = max(len(llama.encode_option(option)) for option in ("good", "morning"))
+    expected = {}
+    for n in range(1, 11):
+        text = " ".join(["good morning"] * 4 * n)
+        cut = {"judge 1": lost(f"{text}{text} ?", 8), "model": lost(text, 8) + lost(text, longest)}
+        expected[f"s{n - 1}"] = {role: tokens for role, tokens in cut.items() if tokens}
+    found = {row.id: row.cut for row in read_rows(tmp_path / "samples.jsonl")}
+    assert found == expected and found["s0"] == {} and found["s9"].keys() == {"judge 1", "model"}
+    assert summary.cut == {
+        role: {
+            "samples": sum(role in cut for cut in found.values()),
+            "tokens": sum(cut.get(role, 0) for cut in found.values()),
+        }
+        for role in ("judge 1", "model")
+    }
+    assert 10 > summary.cut["judge 1"]["samples"] > summary.cut["model"]["samples"] > 0
 
 
 def test_half_a_surrogate_pair_in_a_text_does_not_end_the_run(tmp_path):

@@ -104,7 +104,8 @@ def test_the_schema_fits_every_summary_that_is_written(folder, tree, tmp_path):
     summary = read_summary(paths[0].parent)
     odd = {"accuracy": Estimate(math.nan, None, None, 3, 1)}
     usage = {"usage": {"judge 1": {"requests": 3, "cost": 0.5}}}
-    write_summary(tmp_path, replace(summary, estimates=odd, environment=usage))
+    cut = {"model": {"samples": 2, "tokens": 30}}
+    write_summary(tmp_path, replace(summary, estimates=odd, environment=usage, cut=cut))
     validator.validate(json.loads((tmp_path / "summary.json").read_text()))
 
 

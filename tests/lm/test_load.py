@@ -128,26 +128,26 @@ def test_loading_opens_no_connection(model_folder, encoder_folder, tmp_path, mon
 @pytest.mark.parametrize("length", (200, 40, 30, 25, 22, 20, 19))
 def test_a_cut_prompt_keeps_its_template(llama, length):
     long = (Message("system", "you are ada"), Message("user", " ".join(PROMPTS)))
-    ids = llama.render(long, length)
+    ids, lost = llama.fit(long, length)
     text = llama.tokenizer.decode(ids)
     assert len(ids) <= length
     assert text.startswith("<|system|>you") and text.endswith("</s><|assistant|>") and text.count("</s>") == 2
     kept = text.removesuffix("</s><|assistant|>").partition("<|user|>")[2]
     assert long[1].content.startswith(kept)
     whole = llama.render(long)
-    assert (ids == whole) == (len(whole) <= length)
+    assert (ids == whole) == (lost == 0) == (len(whole) <= length) and lost == len(whole) - len(ids)
     if len(whole) > length:
         assert len(ids) == length, "more was cut than had to be"
 
 
 def test_a_cut_prompt_of_many_bytes_per_character(llama):
-    ids = llama.render((Message("user", "日本語のとても長い文章です" * 4),), 30)
+    ids, _ = llama.fit((Message("user", "日本語のとても長い文章です" * 4),), 30)
     assert len(ids) <= 30 and "�" not in llama.tokenizer.decode(ids)
 
 
 def test_a_prompt_that_cannot_fit(llama):
     with pytest.raises(UserError, match="does not fit into 3 even without its texts"):
-        llama.render(ADA, 3)
+        llama.fit(ADA, 3)
 
 
 def test_an_empty_prompt(llama, t5):

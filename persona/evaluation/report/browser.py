@@ -136,6 +136,7 @@ def _sample(
                 "raw": cut(rows[key].raw),
                 "chosen": _chosen(rows[key]),
                 "reason": rows[key].reason,
+                "cut": rows[key].cut,
                 "outcome": _outcome(rows[key], name, metric, worst),
                 "values": {column: plain(value) for column, value in rows[key].values.items()},
                 "transcript": conversation(rows[key].transcript),

@@ -80,7 +80,8 @@ class JudgePart:
 @dataclass(frozen=True, slots=True)
 class BenchmarkPart:
     """A benchmark's section. `primary` is None where no run has a value of the primary metric; `without` are the
-    metrics that no run has a value of."""
+    metrics that no run has a value of; `cut` says (stack, role, samples, of how many, tokens) where prompts did not
+    fit the positions of a role's model."""
 
     name: str
     version: str
@@ -92,6 +93,7 @@ class BenchmarkPart:
     rows: int
     unscored: int
     reasons: list[tuple[str, list[tuple[str, int]], int]]
+    cut: list[tuple[str, str, int, int, int]]
     breakdowns: list[Breakdown]
     judges: list[JudgePart]
     agreement: dict[str, Agreement]
@@ -131,6 +133,11 @@ def benchmark_part(
         rows=sum(run.summary.n for run in runs),
         unscored=sum(run.summary.n_unscored for run in runs),
         reasons=[_reasons(run) for run in runs if run.summary.n_unscored],
+        cut=[
+            (run.summary.stack, role, lost["samples"], run.summary.n, lost["tokens"])
+            for run in runs
+            for role, lost in run.summary.cut.items()
+        ],
         breakdowns=breakdowns(runs),
         judges=judge_parts(runs),
         agreement=agreement(runs),

@@ -37,6 +37,9 @@ def print_table(folders: Sequence[Path | str], *, baseline: str | None = None, c
     else:
         for table in _overview(summaries, benchmarks, found, console.width):
             console.print(table)
+    if cut := sum(lost["samples"] for summary in summaries for lost in summary.cut.values()):
+        said = f"{cut} samples with a prompt that did not fit its model's positions and was cut (see the report)"
+        console.print(Text(said, style="yellow"))
     console.print(
         Text(
             f"Against {baseline} on the same samples: ▲ better, ▼ worse, ○ not told apart "

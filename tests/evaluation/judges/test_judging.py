@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from persona.config.schemas import RoleConfig
 from persona.errors import UserError
 from persona.evaluation.episodes import Benchmark, Cast, Unscored, run_benchmark
 from persona.evaluation.judges.agreement import judge_agreement
@@ -19,6 +20,7 @@ from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import Row, read_rows
 from persona.evaluation.roles import Parrot, Roles
 from persona.evaluation.statistics import Metric
+from persona.players import judges
 from persona.town import lexicon as lx
 from persona.town import residents as rs
 from persona.town.people import people
@@ -191,6 +193,8 @@ def test_random_verdicts_are_valid_and_even():
 def test_random_verdicts_depend_on_seed_wording_and_question_only():
     assert drawn(GRADE) == drawn(GRADE) != drawn(GRADE, seed=1)
     assert random_judge(0).name != random_judge(1).name
+    two = judges({"one": RoleConfig("random"), "nobody": RoleConfig(), "other": RoleConfig("random")})
+    assert [judge.name for judge in two] == [random_judge(0).name, random_judge(1).name]
     other = Rubric(Prompt("grade", "Grade this: {{ response }}"), read_grade, (1, 5))
     assert drawn(GRADE) != drawn(other)
     two = Rubric(Prompt("p", "{{ a }} {{ b }}"), read_grade, (1, 5))

@@ -14,6 +14,7 @@ from persona.evaluation.episodes import run_benchmark
 from persona.evaluation.report import main, write_report
 from persona.evaluation.report.charts import scale
 from persona.evaluation.report.sections import history_bins
+from persona.evaluation.report.table import print_table
 from persona.evaluation.results import Attention, Plots, Point, load_run, write_plots
 from persona.evaluation.statistics import Metric
 from persona.types import HistoryItem, Message, Persona, Score, Verdict
@@ -356,6 +357,19 @@ def test_cost_and_differing_judges_are_said(tree, tmp_path):
     assert table[2] == ["untouched baseline", "judge 1", "56", "1234", "0.250"]
     assert "differ in more than model and stack: judge.judge.model" in text
     assert "m-1 (untouched)" in text and "m-2 (Persona-Plug)" in text
+
+
+def test_prompts_that_were_cut_are_said_in_page_and_terminal(tree, tmp_path, capsys):
+    place = tmp_path / "evaluation" / "talks" / "untouched"
+    shutil.copytree(next(p for p in tree if p.parts[-2:] == ("talks", "untouched")), place)
+    whole = write_report([place], tmp_path / "report.html").read_text()
+    summary = json.loads((place / "summary.json").read_text())
+    summary["cut"] = {"judge 1": {"samples": 3, "tokens": 1234}}
+    (place / "summary.json").write_text(json.dumps(summary))
+    text = write_report([place], tmp_path / "report.html").read_text()
+    assert "untouched, judge 1: 3 of 28 samples, 1,234 tokens in all" in text and "was cut" not in whole
+    print_table([place])
+    assert "3 samples with a prompt that did not fit its model's positions" in capsys.readouterr().out
 
 
 def test_the_browser_has_conversations_verdicts_and_choices(wide):

@@ -83,7 +83,8 @@
     const head = make("div", undefined, "who");
     head.append(make("b", reply.stack), " ");
     if (reply.outcome === "wrong") head.append(make("span", book.wrong, "tag down"), " ");
-    if (reply.reason) head.append(make("span", `unscored: ${reply.reason}`, "down"));
+    if (reply.reason) head.append(make("span", `unscored: ${reply.reason}`, "down"), " ");
+    Object.entries(reply.cut).forEach(([role, n]) => head.append(make("span", `${n} tokens cut from prompts of ${role}`, "tag down"), " "));
     Object.entries(reply.values).forEach(([name, value]) => head.append(make("span", `${name} ${value}`, "figure"), " "));
     node.append(head, make("div", reply.raw || "(empty reply)", reply.raw ? "said" : "said soft"));
     if (reply.transcript.length) {
