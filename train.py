@@ -14,7 +14,11 @@ from persona.config import TrainConfig, entry, save_run_files
 from persona.errors import UserError
 
 logger = logging.getLogger(__name__)
-METHODS = {"persona_plug": "persona.methods.persona_plug", "finetune": "persona.methods.finetune"}
+METHODS = {
+    "persona_plug": "persona.methods.persona_plug",
+    "finetune": "persona.methods.finetune",
+    "steering": "persona.methods.steering",
+}
 
 
 def train(cfg: TrainConfig) -> Path | None:

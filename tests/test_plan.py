@@ -246,3 +246,5 @@ def test_what_cannot_be_planned_is_said_in_a_sentence() -> None:
         plan(config("model.path=nobody/nothing", *SMALL_TOWN))
     with pytest.raises(UserError, match="model.architecture does not describe a model"):
         plan(config("model.path=nobody/nothing", "+model.architecture.model_type=lama", *SMALL_TOWN))
+    with pytest.raises(UserError, match="method=steering has no plan"):
+        plan(load_config("train", ["method=steering", "plan=true"]))

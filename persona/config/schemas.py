@@ -26,6 +26,7 @@ from persona.evaluation.endpoints.endpoint import EndpointConfig
 from persona.lm.load import ModelConfig
 from persona.methods.finetune import FinetuneConfig
 from persona.methods.persona_plug import PersonaPlugConfig
+from persona.methods.steering import SteeringConfig
 from persona.training.trainer import TrainerConfig
 
 # ---- schemas -------------------------------------------------------------------------------------------------------
@@ -93,7 +94,11 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_town": TownConfig,
         "base_town_characters": TownCharactersConfig,
     },
-    "method": {"base_persona_plug": PersonaPlugConfig, "base_finetune": FinetuneConfig},
+    "method": {
+        "base_persona_plug": PersonaPlugConfig,
+        "base_finetune": FinetuneConfig,
+        "base_steering": SteeringConfig,
+    },
     "trainer": {"base_trainer": TrainerConfig},
     "benchmark": {
         "base_all": AllConfig,

@@ -22,6 +22,7 @@ PERSONALIZERS = {
     "retrieval": "persona.methods.prompt:Retrieval",
     "statements": "persona.methods.statements:Statements",
     "constitution": "persona.methods.statements:Constitution",
+    "steering": "persona.methods.steering:Steering",
 }
 
 

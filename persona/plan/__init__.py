@@ -16,7 +16,8 @@ from rich.text import Text
 from torch import nn
 
 from persona.config.schemas import TrainConfig
-from persona.methods.finetune import UserAdapters, linear_shapes
+from persona.errors import UserError
+from persona.methods.finetune import FinetuneConfig, UserAdapters, linear_shapes
 from persona.methods.persona_plug import PersonaPlugConfig, UserEmbedder
 from persona.plan.models import META, MetaEncoder, checkpointed, count_kept, lm_activations, meta_lm
 from persona.plan.sizes import DataSize, data_size
@@ -164,6 +165,8 @@ def plan(cfg: TrainConfig) -> Plan:
     Loads no weight, and downloads nothing when `model.architecture` is given (or the model is a directory). Raises
     UserError when neither a config of the model nor a size of the data is to be had.
     """
+    if not isinstance(cfg.method, PersonaPlugConfig | FinetuneConfig):
+        raise UserError(f"plan=true knows persona_plug and finetune; method={cfg.method.name} has no plan")
     size = data_size(cfg)
     bf16 = cfg.trainer.precision == "bf16"
     # Activations have the type that autocast computes in; on the meta device there is no autocast.

@@ -111,3 +111,13 @@ def test_mistakes_are_named(llama, tmp_path):
 def test_settings_survive_saving(llama):
     one = load_personalizer({"statements": {"ranker": "all", "prompts": "town"}}, llama)
     assert load_personalizer({"statements": one.config()}, llama).settings == one.settings
+
+
+def test_the_baseline_says_what_the_teacher_of_character_training_is_told_but_for_silence_about_it():
+    from persona.methods.character.prompts import PromptSet
+
+    traits = ["I am shy.", "I hum."]
+    for prompts in ("english", "town"):
+        teacher = PromptSet.open(prompts, "Ada").fill("teacher", traits=traits, prompt="hi")[0].content
+        ours = Constitution(ConstitutionConfig(prompts)).text(Persona("me", statements=tuple(traits)))
+        assert teacher.replace("You are Ada, an", "You are an").startswith(ours)
