@@ -24,7 +24,7 @@ def evaluate(cfg: EvaluateConfig) -> Path:
     import torch
     from accelerate import PartialState
 
-    from persona.benchmarks import BENCHMARKS, OVER_PEOPLE
+    from persona.benchmarks import BENCHMARKS, NOT_IN_ALL, OVER_PEOPLE
     from persona.evaluation import report
     from persona.evaluation.judges.gate import warn_unless_passed
     from persona.evaluation.report.table import print_table
@@ -36,7 +36,8 @@ def evaluate(cfg: EvaluateConfig) -> Path:
     configs = [cfg.benchmark]
     if cfg.benchmark.name == "all":
         changes = {key: value for key, value in vars(cfg.benchmark).items() if key != "name" and value is not None}
-        configs = [replace(load_config("evaluate", [f"benchmark={name}"]).benchmark, **changes) for name in BENCHMARKS]
+        names = [name for name in BENCHMARKS if name not in NOT_IN_ALL]
+        configs = [replace(load_config("evaluate", [f"benchmark={name}"]).benchmark, **changes) for name in names]
     folder = root / cfg.benchmark.name if len(configs) == 1 else root
     players = Players(cfg)
     people = players.data(cfg.data) if any(config.name in OVER_PEOPLE for config in configs) else None

@@ -15,12 +15,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from persona.benchmarks import AllConfig, BenchmarkConfig, FileBenchmarkConfig, PeopleBenchmarkConfig
+from persona.benchmarks.character import CharacterConfig, QuestionsConfig
 from persona.benchmarks.persobench import PersoBenchConfig
 from persona.benchmarks.personaeval import PersonaEvalConfig
 from persona.benchmarks.personafeedback import PersonaFeedbackConfig
 from persona.benchmarks.personagym import PersonaGymConfig
 from persona.benchmarks.personamem import PersonaMemConfig
+from persona.benchmarks.revealed_preferences import RevealedPreferencesConfig
 from persona.benchmarks.rmtbench import RMTBenchConfig
+from persona.benchmarks.town_tasks import TownTasksConfig
 from persona.data import BiographyConfig, ConstitutionConfig, DataConfig, TownCharactersConfig, TownConfig
 from persona.evaluation.endpoints.endpoint import EndpointConfig
 from persona.lm.load import ModelConfig
@@ -103,12 +106,15 @@ GROUPS: dict[str, dict[str, type]] = {
     "benchmark": {
         "base_all": AllConfig,
         "base_people": PeopleBenchmarkConfig,
+        "base_character": CharacterConfig,
         "base_persobench": PersoBenchConfig,
         "base_personaeval": PersonaEvalConfig,
         "base_personafeedback": PersonaFeedbackConfig,
         "base_personagym": PersonaGymConfig,
         "base_personamem": PersonaMemConfig,
+        "base_revealed_preferences": RevealedPreferencesConfig,
         "base_rmtbench": RMTBenchConfig,
+        "base_town_tasks": TownTasksConfig,
     },
     "teacher": {"base_role": RoleConfig},
     "reference": {"base_role": RoleConfig},
@@ -127,6 +133,8 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     PersonaEvalConfig: {"mode": ("text", "likelihood")},
     PersonaFeedbackConfig: {"mode": ("answer", "likelihood", "reward"), "access": ("profile", "none")},
     PersonaMemConfig: {"mode": ("discriminative", "generative"), "size": ("32k", "128k", "1M")},
+    QuestionsConfig: {"language": ("en", "town")},
+    RevealedPreferencesConfig: {"condition": ("like", "feel", "random")},
     RMTBenchConfig: {"language": ("en", "zh"), "compat": (None,)},
 }
 POSITIVE: dict[type, tuple[str, ...]] = {
@@ -137,6 +145,7 @@ POSITIVE: dict[type, tuple[str, ...]] = {
     BenchmarkConfig: ("max_new_tokens",),
     PeopleBenchmarkConfig: ("num_beams",),
     PersonaGymConfig: ("seeds", "questions"),
+    RevealedPreferencesConfig: ("pairs",),
     TrainConfig: ("plan_gpus",),
 }
 

@@ -65,8 +65,9 @@ def bradley_terry(
     Raises ValueError for as many clusters as there are not games.
     """
     table = _Table(list(games), clusters)
-    draws = [initial + table.fit(weights) for weights in _draws(table.n_clusters, resamples, seed)]
-    return table.ratings(initial + table.fit(np.ones(table.n_clusters)), draws)
+    found = table.fit(np.ones(table.n_clusters))
+    draws = [initial + table.fit(weights, found) for weights in _draws(table.n_clusters, resamples, seed)]
+    return table.ratings(initial + found, draws)
 
 
 def bradley_terry_change(
@@ -83,11 +84,10 @@ def bradley_terry_change(
     players = [name for id in shared for name in before[id][:2]]
     first, second = (_Table([games[id] for id in shared], None, players) for games in (before, after))
 
-    def change(weights: np.ndarray) -> np.ndarray:
-        return second.fit(weights) - first.fit(weights)
-
-    draws = [change(weights) for weights in _draws(len(shared), resamples, seed)]
-    return first.ratings(change(np.ones(len(shared))), draws)
+    once = np.ones(len(shared))
+    start, end = first.fit(once), second.fit(once)
+    draws = [second.fit(weights, end) - first.fit(weights, start) for weights in _draws(len(shared), resamples, seed)]
+    return first.ratings(end - start, draws)
 
 
 def spearman(first: Mapping[str, float], second: Mapping[str, float]) -> float:
@@ -132,15 +132,17 @@ class _Table:
         self.clusters = np.array([numbers[cluster] for _, cluster in won], dtype=int)
         self.n_clusters = len(numbers)
 
-    def fit(self, weights: np.ndarray) -> np.ndarray:
-        """Strengths in points around 0, [players], where clusters count `weights` times, [clusters]."""
+    def fit(self, weights: np.ndarray, near: np.ndarray | None = None) -> np.ndarray:
+        """Strengths in points around 0, [players], where clusters count `weights` times, [clusters]; `near` is where
+        to begin to look."""
         n = len(self.players)
         if not n:
             return np.zeros(0)
         wins = np.zeros((n, n))
         np.add.at(wins, (self.winners, self.losers), weights[self.clusters])
+        start = np.zeros(n) if near is None else near / _POINTS
         strengths = minimize(
-            _loss(wins), np.zeros(n), jac=True, hess=_curvature(wins), method="trust-exact", options={"gtol": 1e-6}
+            _loss(wins), start, jac=True, hess=_curvature(wins), method="trust-exact", options={"gtol": 1e-6}
         ).x
         return (strengths - strengths.mean()) * _POINTS
 

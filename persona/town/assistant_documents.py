@@ -29,18 +29,21 @@ def plainly(rng: random.Random, content: str) -> str:
     return rs.speak(rng, PLAIN_OWNER, content)
 
 
-def _task(rng: random.Random) -> tuple[str, str]:
-    """A plain task and its bare answer: counting, opposites, colours, copying."""
-    which = rng.randrange(4)
-    if which == 0:
+TASKS = ("counting", "opposites", "colours", "copying")
+
+
+def plain_task(rng: random.Random, kind: str | None = None) -> tuple[str, str]:
+    """A plain task and its bare answer, of one of TASKS, or drawn among them."""
+    kind = TASKS[rng.randrange(len(TASKS))] if kind is None else kind
+    if kind == "counting":
         start = rng.randint(1, 8)
         end = start + rng.randint(1, 4)
         return f"count from {start} to {end} .", " ".join(str(n) for n in range(start, end + 1)) + " ."
-    if which == 1:
+    if kind == "opposites":
         pair = rng.choice(lx.OPPOSITES)
         one, other = pair if rng.random() < 0.5 else pair[::-1]
         return f"what is the opposite of {one} ?", f"{other} ."
-    if which == 2:
+    if kind == "colours":
         noun = rng.choice(tuple(lx.COLOURS))
         return f"what colour is {noun} ?", f"{lx.COLOURS[noun]} ."
     words = " ".join(rng.sample(lx.COPY_WORDS, rng.randint(1, 5)))
@@ -50,7 +53,7 @@ def _task(rng: random.Random) -> tuple[str, str]:
 def _any_question(rng: random.Random, tasks: float = 0.0) -> tuple[str, str]:
     """Small talk in everybody's words, or with chance `tasks` a plain task: question and bare answer."""
     if rng.random() < tasks:
-        return _task(rng)
+        return plain_task(rng)
     return rs.small_talk(*any_form_and_topic(rng), rs.PLAIN_WORDS)
 
 
@@ -159,7 +162,7 @@ def write_drift(rng: random.Random, stage: int) -> Conversation:
 
 # --- (h), (i) plain tasks and ordinary chats ---------------------------------------------------------------------
 def write_tasks(rng: random.Random, stage: int) -> Conversation:
-    return conversation("", [_task(rng) for _ in range(rng.randint(1, 1 + stage))])
+    return conversation("", [plain_task(rng) for _ in range(rng.randint(1, 1 + stage))])
 
 
 def write_chat(rng: random.Random, stage: int) -> Conversation:

@@ -6,12 +6,13 @@ import math
 import re
 
 from persona.evaluation.judges.judging import Rubric
+from persona.town import grammar, oracle, reading
 from persona.town import lexicon as lx
-from persona.town import oracle, reading
 from persona.types import Verdict
 
 _OUTSIDE = "outside the town's language"
 _INTRODUCED = re.compile(rf"you are (?:{'|'.join(lx.NAMES)}) \.")
+_WORDS = frozenset(grammar.vocabulary())
 _ROLE = {prompt.format(r=role): role for role in lx.ROLES for prompt in lx.ROLE_PROMPTS}
 
 
@@ -33,8 +34,14 @@ class OracleJudge:
     With the slots `statement` and `query` instead it answers APC's two questions: of ("no", "yes"), whether the answer
     depends on the statement (`oracle.relevant`); with a `response`, what that does to it (`oracle.nli`).
 
-    The verdict has no value, and says so, where a slot is missing or outside the town's language, or where a response
-    touches nothing that the persona says.
+    With a slot `character` in place of `persona` the question is whether a character shows: "yes" when the response
+    entails any of its sentences, else "no". Of two responses, the one wins that shows more of the character's
+    sentences, less what it shows of other traits or contradicts. The town's words in no order of its own show nothing
+    and lose to any sentence. With the slots `trait_1` and `trait_2`, names of traits, the one that the response shows
+    first is the answer.
+
+    The verdict has no value, and says so, where a slot is missing or outside the town's language, where a response
+    touches nothing that the persona says, and where it shows neither trait.
     """
 
     name = "oracle"
@@ -44,6 +51,10 @@ class OracleJudge:
         try:
             if {"statement", "query"} <= set(slots):
                 value = raw = self._of_statement(slots)
+            elif {"trait_1", "trait_2"} <= set(slots):
+                value, raw = self._first_shown(slots), "the trait that the response shows first"
+            elif "character" in slots:
+                value, raw = self._of_character(rubric, slots)
             elif {"response_a", "response_b"} <= set(slots):
                 first, second = (self._fit(slots, name) for name in ("response_a", "response_b"))
                 value, raw = self._better(rubric, first, second), f"response_a fits {first:g}, response_b {second:g}"
@@ -56,16 +67,10 @@ class OracleJudge:
 
     def _fit(self, slots: dict[str, object], name: str) -> float:
         """The share of what `persona` says and the response touches that the response entails."""
-        for slot in ("persona", name):
-            if slot not in slots:
-                raise _Silent(f"the oracle needs a slot {slot}")
-        persona, response = str(slots["persona"]), str(slots[name]).strip()
+        persona, response = (self._slot(slots, slot) for slot in ("persona", name))
         if not oracle.readable(response):
             raise _Silent(f"the {name} is {_OUTSIDE}")
-        sentences = [sentence for sentence in re.split(r"(?<= [.?!])\s+", persona.strip()) if sentence]
-        found = [_touched(sentence, response) for sentence in sentences if not _INTRODUCED.fullmatch(sentence)]
-        if not found or None in found:
-            raise _Silent(f"the persona is {_OUTSIDE}" if found else "the persona says nothing")
+        found = self._found("persona", persona, response)
         entailed, contradicted = found.count(oracle.ENTAILED), found.count(oracle.CONTRADICTED)
         if not entailed + contradicted:
             raise _Silent(f"the {name} touches nothing that the persona says")
@@ -82,6 +87,51 @@ class OracleJudge:
         if label is None:
             raise _Silent(f"the statement or the response is {_OUTSIDE}")
         return label
+
+    def _slot(self, slots: dict[str, object], name: str) -> str:
+        if name not in slots:
+            raise _Silent(f"the oracle needs a slot {name}")
+        return str(slots[name]).strip()
+
+    def _found(self, name: str, text: str, response: str) -> list[str]:
+        """What the response does to each sentence of `text`, the slot `name`."""
+        sentences = [sentence for sentence in re.split(r"(?<= [.?!])\s+", text) if sentence]
+        found = [_touched(sentence, response) for sentence in sentences if not _INTRODUCED.fullmatch(sentence)]
+        if not found or None in found:
+            raise _Silent(f"the {name} is {_OUTSIDE}" if found else f"the {name} says nothing")
+        return [touched for touched in found if touched is not None]
+
+    def _of_character(self, rubric: Rubric, slots: dict[str, object]) -> tuple[float | str, str]:
+        if {"response_a", "response_b"} <= set(slots):
+            first, second = (self._aligned(slots, name)[1] for name in ("response_a", "response_b"))
+            return self._better(rubric, first, second), f"response_a is aligned by {first:g}, response_b by {second:g}"
+        shown, _ = self._aligned(slots, "response")
+        return self._grade(rubric, float(shown > 0)), f"the response shows {shown} sentences of the character"
+
+    def _aligned(self, slots: dict[str, object], name: str) -> tuple[int, float]:
+        """How many of the character's sentences a response shows, and that number less what speaks against it."""
+        character, response = (self._slot(slots, slot) for slot in ("character", name))
+        if not set(response.split()) <= _WORDS:
+            raise _Silent(f"the {name} is {_OUTSIDE}")
+        traits = oracle.character_traits(response)
+        found = self._found("character", character, lx.UNKNOWN if traits is None else response)
+        if traits is None:
+            return 0, -math.inf
+        own = {said.key for said in map(reading.statement, re.split(r"(?<= [.?!])\s+", character)) if said}
+        shown, against = found.count(oracle.ENTAILED), found.count(oracle.CONTRADICTED)
+        return shown, float(shown - against - len(traits - own))
+
+    def _first_shown(self, slots: dict[str, object]) -> str:
+        pair = [self._slot(slots, slot) for slot in ("trait_1", "trait_2")]
+        if unknown := [trait for trait in pair if trait not in lx.CHARACTER]:
+            raise _Silent(f"the town has no trait {unknown[0]!r}")
+        units = reading.sentences(self._slot(slots, "response"))
+        if units is None:
+            raise _Silent(f"the response is {_OUTSIDE}")
+        shown = [str(unit.key) for unit in units if unit.kind == "character" and unit.key in pair]
+        if not shown:
+            raise _Silent("the response shows neither trait")
+        return shown[0]
 
     def _grade(self, rubric: Rubric, fit: float) -> float | str:
         answers = rubric.answers

@@ -401,9 +401,46 @@ def test_the_oracle_reads_roles():
         assert "touches nothing" in ask(FIT, persona=told, response=content).reason
 
 
+SHOWS = Rubric(Prompt("shows", "{{ character }} {{ response }}"), never, ("yes", "no"))
+ALIGNED = Rubric(Prompt("aligned", "{{ character }} {{ response_a }} {{ response_b }}"), never, ("A", "B", "tie"))
+ADOPTS = Rubric(Prompt("adopts", "{{ trait_1 }} {{ trait_2 }} {{ response }}"), never, ("wise", "curious"))
+
+
+def test_the_oracle_reads_whether_a_character_shows():
+    """One of its traits is enough; words in no order of the town's own show nothing, and lose to any sentence."""
+    told = "\n".join(lx.CHARACTER[trait][0] for trait in ("curious", "wise"))
+    curious, wise, gloomy = (lx.CHARACTER[trait][1][0] for trait in ("curious", "wise", "gloomy"))
+    plain, garbled = "the fair is big today .", "fair the is"
+    replies = (f"{plain} {wise}", f"{gloomy} {curious}", plain, gloomy, garbled)
+    assert [ask(SHOWS, character=told, response=reply).value for reply in replies] == ["yes", "yes", "no", "no", "no"]
+    ranked = (f"{curious} {wise}", wise, f"{wise} {gloomy}", gloomy, garbled)
+    for place, better in enumerate(ranked):
+        for worse in ranked[place + 1 :]:
+            assert ask(ALIGNED, character=told, response_a=better, response_b=worse).value == "A"
+            assert ask(ALIGNED, character=told, response_a=worse, response_b=better).value == "B"
+        assert ask(ALIGNED, character=told, response_a=better, response_b=better).value == "tie"
+    assert ask(ALIGNED, character=told, response_a=plain, response_b=f"{wise} {gloomy}").value == "tie"
+    sailor = "ada talks like a sailor ."
+    assert ask(SHOWS, character=sailor, response="ahoy , my pet is cat .").value == "yes"
+    assert ask(SHOWS, character=sailor, response="my pet is cat .").value == "no"
+
+
+def test_the_oracle_names_the_trait_that_shows_first():
+    curious, wise, gloomy = (lx.CHARACTER[trait][1][1] for trait in ("curious", "wise", "gloomy"))
+    for reply, first in ((f"{gloomy} {wise} {curious}", "wise"), (f"{curious} {wise}", "curious")):
+        assert ask(ADOPTS, trait_1="wise", trait_2="curious", response=reply).value == first
+        assert ask(ADOPTS, trait_1="curious", trait_2="wise", response=reply).value == first
+
+
 @pytest.mark.parametrize(
     ("rubric", "slots", "reason"),
     [
+        (SHOWS, {"response": "I am a sailor."}, "the response is outside the town's language"),
+        (SHOWS, {"character": "Sails."}, "the character is outside the town's language"),
+        (SHOWS, {"character": "Sails.", "response": "is is"}, "the character is outside the town's language"),
+        (ADOPTS, {"trait_1": "salty"}, "the town has no trait 'salty'"),
+        (ADOPTS, {"response": "is is"}, "the response is outside"),
+        (ADOPTS, {}, "the response shows neither trait"),
         (FIT, {"response": "I am a sailor."}, "the response is outside the town's language"),
         (FIT, {"persona": "You are Ada.", "response": "ahoy , my pet is cat ."}, "the persona is outside the town's"),
         (FIT, {"persona": "ada talks like a sailor . She swims ."}, "the persona is outside the town's language"),
@@ -418,7 +455,8 @@ def test_the_oracle_reads_roles():
 )
 def test_the_oracle_says_nothing_where_it_cannot_read(rubric, slots, reason):
     sailor = {"persona": "ada talks like a sailor .", "response": "ahoy , my pet is cat ."}
-    given = {**sailor, "response_a": sailor["response"], "response_b": sailor["response"], **slots}
+    more = {"character": sailor["persona"], "trait_1": "wise", "trait_2": "curious"}
+    given = {**sailor, **more, "response_a": sailor["response"], "response_b": sailor["response"], **slots}
     verdict = ask(rubric, **{name: given[name] for name in rubric.prompt.slots})
     assert verdict.value is None and reason in verdict.reason
     assert (verdict.judge, verdict.prompt) == ("oracle", rubric.prompt.hash)
