@@ -112,8 +112,8 @@ class LanguageModel:
             self._warned = True
             length, lost = next((len(ids) + lost, lost) for ids, lost in fitted if lost)
             logger.warning(
-                "a prompt of %d tokens does not fit the %d positions of %s beside its reply: its longest message lost "
-                "its end, %d tokens (said once, counted in results)", length, self.max_length, self.base.name, lost,
+                "a prompt of %d tokens does not fit the %d positions of %s beside its reply: it was cut by %d tokens "
+                "(said once, counted in results)", length, self.max_length, self.base.name, lost,
             )  # fmt: skip
         return [ids for ids, _ in fitted]
 

@@ -200,7 +200,7 @@ def test_what_prompts_lose_is_said_of_each_and_warned_of_once(llama, caplog):
     assert model.cut == (2 + 1, 0)
     assert LanguageModel(llama).respond(asked) and [record.levelname for record in caplog.records] == ["WARNING"]
     room = f"a prompt of {whole[1]} tokens does not fit the {whole[1] - 2} positions"
-    assert room in caplog.text and "lost its end, 7 tokens (said once" in caplog.text
+    assert room in caplog.text and "cut by 7 tokens (said once" in caplog.text
 
 
 # ---- on disk -------------------------------------------------------------------------------------------------------

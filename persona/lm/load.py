@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,13 +123,21 @@ class BaseLM:
     def fit(
         self, messages: Sequence[Message], max_length: int | None = None, prefill: str = ""
     ) -> tuple[list[int], int]:
-        """Token ids as of `render`, and how many were lost: over `max_length`, the longest message loses its end, at
-        a token's border.
+        """Token ids as of `render`, and how many were lost: over `max_length`, the earliest turns of a conversation
+        are left out, as few as will do; where its last turn alone is too long, the longest message loses its end, at
+        a token's border. A system message in front stays.
 
         The template itself is never cut. Raises UserError when even empty messages are longer than `max_length`.
         """
         ids = self.render(messages, prefill)
         whole, messages = len(ids), list(messages)
+        if max_length is not None and whole > max_length:
+            opening = [message for message in messages[:1] if message.role == "system"]
+            starts = [i for i, message in enumerate(messages) if message.role == "user"][1:]
+            k = bisect_left(starts, -max_length, key=lambda i: -len(self.render([*opening, *messages[i:]], prefill)))
+            if starts:
+                messages = [*opening, *messages[starts[min(k, len(starts) - 1)] :]]
+                ids = self.render(messages, prefill)
         while max_length is not None and len(ids) > max_length:
             longest = max(range(len(messages)), key=lambda i: len(messages[i].content))
             content = messages[longest].content

@@ -140,6 +140,25 @@ def test_a_cut_prompt_keeps_its_template(llama, length):
         assert len(ids) == length, "more was cut than had to be"
 
 
+@pytest.mark.parametrize("system", (True, False))
+def test_of_a_conversation_the_earliest_turns_go_first(llama, system):
+    opening = [Message("system", "you are ada")] if system else []
+    turns = [[Message("user", text), Message("assistant", text[::-1])] for text in PROMPTS]
+    last = Message("user", "good morning")
+
+    def talk(first):
+        return [*opening, *(message for turn in turns[first:] for message in turn), last]
+
+    lengths = [len(llama.render(talk(first))) for first in range(len(turns) + 1)]
+    assert lengths == sorted(set(lengths), reverse=True)
+    for first, length in enumerate(lengths):
+        assert llama.fit(talk(0), length) == (llama.render(talk(first)), lengths[0] - length)
+        assert llama.fit(talk(0), length + 1) == (llama.render(talk(first)), lengths[0] - length)
+    ids, lost = llama.fit(talk(0), lengths[-1] - 2)
+    assert len(ids) == lengths[-1] - 2 and lost == lengths[0] - len(ids)
+    assert llama.tokenizer.decode(ids).count("<|assistant|>") == 1
+
+
 def test_a_cut_prompt_of_many_bytes_per_character(llama):
     ids, _ = llama.fit((Message("user", "日本語のとても長い文章です" * 4),), 30)
     assert len(ids) <= 30 and "�" not in llama.tokenizer.decode(ids)

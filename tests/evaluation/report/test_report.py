@@ -367,7 +367,7 @@ def test_prompts_that_were_cut_are_said_in_page_and_terminal(tree, tmp_path, cap
     summary["cut"] = {"judge 1": {"samples": 3, "tokens": 1234}}
     (place / "summary.json").write_text(json.dumps(summary))
     text = write_report([place], tmp_path / "report.html").read_text()
-    assert "untouched, judge 1: 3 of 28 samples, 1,234 tokens in all" in text and "was cut" not in whole
+    assert "untouched, judge 1: 3 of 28 samples, 1,234 tokens in all" in text and "were cut" not in whole
     print_table([place])
     assert "3 samples with a prompt that did not fit its model's positions" in capsys.readouterr().out
 
