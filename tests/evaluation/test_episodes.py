@@ -286,6 +286,27 @@ def test_unscored_is_counted_and_other_errors_end_the_run_naming_the_sample(tmp_
     assert caught.value.__notes__ == ['This happened in benchmark "probe", sample "s0".']
 
 
+def test_a_user_simulator_plays_the_other_side_and_has_to_be_there(tmp_path):
+    async def talk(sample, roles):
+        said = list(sample.messages)
+        for _ in range(2):
+            said.append(Message("assistant", (await roles.model.respond(Request(tuple(said)))).text))
+            asked = Request((Message("user", f"after {said[-1].content} comes #{len(said)}"),))
+            said.append(Message("user", f"next #{(await roles.user_simulator.respond(asked)).text}"))
+        return Score({"x": 1.0}, transcript=tuple(said))
+
+    probe = Probe(talk, n=5)
+    probe.needs = ("user_simulator",)
+    with pytest.raises(UserError, match="needs a user_simulator: choose one with user_simulator=endpoint, say"):
+        run(probe, ToyModel(2), tmp_path)
+    user = ToyModel(2)
+    run(probe, Cast(ToyModel(2), user_simulator=user), tmp_path)
+    for row in read_rows(tmp_path / "samples.jsonl"):
+        turns = [(message["role"], message["content"]) for message in row.transcript]
+        assert turns[1:] == [("assistant", "3"), ("user", "next #2"), ("assistant", "2"), ("user", "next #4")]
+    assert sum(len(texts) for _, texts in user.batches) == 10 and all(kind == "respond" for kind, _ in user.batches)
+
+
 @pytest.mark.parametrize("batch_size", (1, 4))
 def test_what_prompts_lost_stands_in_rows_and_summary_by_role(llama, tmp_path, batch_size):
     """A real LM of 256 positions: prompts of s8 and s9 are too long, and so is what the judge reads from s4 on."""
