@@ -23,12 +23,13 @@ BENCHMARKS = {
     "personaeval": "persona.benchmarks.personaeval",
     "rmtbench": "persona.benchmarks.rmtbench",
     "character": "persona.benchmarks.character",
+    "coherence": "persona.benchmarks.coherence",
     "revealed_preferences": "persona.benchmarks.revealed_preferences",
     "town_tasks": "persona.benchmarks.town_tasks",
 }
-OVER_PEOPLE = ("lamp", "town", "character")
+OVER_PEOPLE = ("lamp", "town", "character", "coherence")
 # Left out of benchmark=all: over people of their own kind.
-NOT_IN_ALL = ("character",)
+NOT_IN_ALL = ("character", "coherence")
 
 
 @dataclass

@@ -141,6 +141,13 @@ def sampling(config: QuestionsConfig, id: str) -> Sampling:
     return Sampling(config.max_new_tokens, config.temperature, TOP_P, seed=seed)
 
 
+def asked_in(variant: str, wording: str, persona: Persona, id: str, question: str) -> Sample:
+    """The question `id` in one variant, put to one character."""
+    message = Message("user", wording.replace("{question}", question))
+    metadata = {"question": id, "variant": variant}
+    return Sample(f"{persona.id}-{id}-{variant}", (message,), persona=persona, metadata=metadata)
+
+
 def anything(language: str) -> str:
     """What can be said to anybody at any time."""
     return lx.UNKNOWN if language == "town" else "I see. Do go on."
@@ -188,7 +195,7 @@ class Character(Benchmark):
             variants[PREFILL] = "{question}"
             self.needs = ("judge", "reference")
         self._samples = [
-            _sample(persona, id, question, variant, wording)
+            asked_in(variant, wording, persona, id, question)
             for persona in characters(people, self.name)
             for id, question in self._asked.items()
             for variant, wording in variants.items()
@@ -207,7 +214,7 @@ class Character(Benchmark):
         return self._samples
 
     def cluster(self, sample: Sample) -> str:
-        return sample.metadata["question"]
+        return self._asked[sample.metadata["question"]]
 
     def groups(self, sample: Sample) -> Mapping[str, str]:
         persona = sample.persona
@@ -240,12 +247,6 @@ class Character(Benchmark):
 
     def chance(self, sample: Sample, rng: random.Random) -> str:
         return something(self.config.language, list(self._asked.values()), rng)
-
-
-def _sample(persona: Persona, id: str, question: str, variant: str, wording: str) -> Sample:
-    message = Message("user", wording.replace("{question}", question))
-    metadata = {"question": id, "variant": variant}
-    return Sample(f"{persona.id}-{id}-{variant}", (message,), persona=persona, metadata=metadata)
 
 
 def build(config: CharacterConfig, people: People) -> Character:

@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from persona.benchmarks import AllConfig, BenchmarkConfig, FileBenchmarkConfig, PeopleBenchmarkConfig
 from persona.benchmarks.character import CharacterConfig, QuestionsConfig
+from persona.benchmarks.coherence import CoherenceConfig
 from persona.benchmarks.persobench import PersoBenchConfig
 from persona.benchmarks.personaeval import PersonaEvalConfig
 from persona.benchmarks.personafeedback import PersonaFeedbackConfig
@@ -107,6 +108,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_all": AllConfig,
         "base_people": PeopleBenchmarkConfig,
         "base_character": CharacterConfig,
+        "base_coherence": CoherenceConfig,
         "base_persobench": PersoBenchConfig,
         "base_personaeval": PersonaEvalConfig,
         "base_personafeedback": PersonaFeedbackConfig,
