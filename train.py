@@ -18,6 +18,7 @@ METHODS = {
     "persona_plug": "persona.methods.persona_plug",
     "finetune": "persona.methods.finetune",
     "steering": "persona.methods.steering",
+    "apc": "persona.methods.apc",
 }
 
 

@@ -28,6 +28,7 @@ from persona.benchmarks.town_tasks import TownTasksConfig
 from persona.data import BiographyConfig, ConstitutionConfig, DataConfig, TownCharactersConfig, TownConfig
 from persona.evaluation.endpoints.endpoint import EndpointConfig
 from persona.lm.load import ModelConfig
+from persona.methods.apc.config import APCConfig, DiscriminatorConfig
 from persona.methods.finetune import FinetuneConfig
 from persona.methods.persona_plug import PersonaPlugConfig
 from persona.methods.steering import SteeringConfig
@@ -99,6 +100,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_town_characters": TownCharactersConfig,
     },
     "method": {
+        "base_apc": APCConfig,
         "base_persona_plug": PersonaPlugConfig,
         "base_finetune": FinetuneConfig,
         "base_steering": SteeringConfig,
@@ -126,6 +128,12 @@ GROUPS: dict[str, dict[str, type]] = {
 CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     ModelConfig: {"dtype": ("float32", "bfloat16", "float16")},
     TrainerConfig: {"precision": ("fp32", "bf16"), "wandb": ("offline", "online", "disabled")},
+    APCConfig: {
+        "mode": ("dpo", "experience"),
+        "queries": ("teacher", "data"),
+        "responses": ("teacher", "sampled"),
+        "objective": ("total", "per_statement"),
+    },
     FinetuneConfig: {"mode": ("lora", "full", "user_lora"), "split": ("train", "dev", "test")},
     PersonaPlugConfig: {"prefix_scale": ("measured", "none"), "compat": (None, "reference")},
     RoleConfig: {"kind": ("none", "local", "endpoint", "random", "oracle")},
@@ -144,6 +152,16 @@ POSITIVE: dict[type, tuple[str, ...]] = {
     TrainerConfig: ("batch_size", "gradient_accumulation", "epochs", "learning_rate", "log_every", "save_every"),
     FinetuneConfig: ("r", "max_input_length"),
     PersonaPlugConfig: ("history_limit", "temperature", "max_input_length"),
+    APCConfig: (
+        "queries_per_statement",
+        "max_queries",
+        "samples",
+        "temperature",
+        "max_new_tokens",
+        "beta",
+        "max_length",
+    ),
+    DiscriminatorConfig: ("relevance_epochs", "nli_epochs", "learning_rate", "batch_size", "max_length"),
     BenchmarkConfig: ("max_new_tokens",),
     PeopleBenchmarkConfig: ("num_beams",),
     PersonaGymConfig: ("seeds", "questions"),

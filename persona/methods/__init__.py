@@ -20,6 +20,7 @@ PERSONALIZERS = {
     "user_lora": "persona.methods.finetune:UserLoRA",
     "description": "persona.methods.prompt:Description",
     "retrieval": "persona.methods.prompt:Retrieval",
+    "apc": "persona.methods.apc:APC",
     "statements": "persona.methods.statements:Statements",
     "constitution": "persona.methods.statements:Constitution",
     "steering": "persona.methods.steering:Steering",

