@@ -41,7 +41,7 @@ from persona.training.lora import LoraSettings
 from persona.training.trainer import TrainerConfig
 from persona.types import Request
 
-TRAINER = TrainerConfig(epochs=1, batch_size=4, wandb="disabled", learning_rate=1e-3, cpu=True)
+TRAINER = TrainerConfig(epochs=2, batch_size=4, wandb="disabled", learning_rate=1e-3, warmup_ratio=0.0, cpu=True)
 TINY = APCConfig(
     queries="data", responses="sampled", prompts="town", others=3, samples=4, max_new_tokens=24, gap=0.05, beta=0.1,
     lora=LoraSettings(r=2, lora_alpha=2), max_length=256,
