@@ -109,6 +109,7 @@ class Verdict:
     """What one judge said on one question. `value` is None where its reply could not be read, and `reason` says why.
 
     `prompt` is the hash of the rubric's file, so that verdicts under different wordings are never mixed up.
+    `failed`: the judge could not be asked (an endpoint gave no reply).
     """
 
     judge: str
@@ -117,6 +118,7 @@ class Verdict:
     value: float | str | None
     reason: str = ""
     raw: str = ""
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,7 @@ class Score:
     """The values one episode earned, or *unscored* (`values` empty) with the reason. Unscored is not zero.
 
     `raw` is the reply that was scored; `transcript` the whole conversation where it has more turns than the sample.
+    `failed`: unscored as a call to an endpoint got no reply, so that the next start runs the episode again.
     `cut` is for the runner: tokens that prompts of each role lost, as they did not fit a local model's positions.
     """
 
@@ -132,6 +135,7 @@ class Score:
     raw: str = ""
     verdicts: tuple[Verdict, ...] = ()
     transcript: Conversation = ()
+    failed: bool = False
     cut: Mapping[str, int] = field(default_factory=dict)
 
     @property

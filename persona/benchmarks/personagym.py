@@ -332,7 +332,7 @@ class PersonaGym(Benchmark):
         self.personas = self._personas()
         self._items = dict(self._list_items()[: config.limit])
         self._writing: dict[str, asyncio.Task[dict[str, list[str]]]] = {}
-        self._failed: dict[tuple[str, str], tuple[str, str]] = {}  # reason and last reply
+        self._failed: dict[tuple[str, str], Unscored] = {}
         self._warned = False
         said = "mean score from 1 to 5 over questions, each task weighing alike"
         of_tasks = Metric(
@@ -485,8 +485,8 @@ class PersonaGym(Benchmark):
             self._writing[persona].add_done_callback(lambda _: self._writing.pop(persona))
         tasks = await asyncio.shield(self._writing[persona])
         if item.task not in tasks:
-            reason, raw = self._failed[persona, item.task]
-            raise Unscored(reason, raw)
+            failure = self._failed[persona, item.task]
+            raise Unscored(failure.reason, failure.raw, failed=failure.failed)
         found, wanted = len(tasks[item.task]), self.config.questions
         if found != wanted:
             where = f"{self._file(persona)} has {found} {item.task} questions"
@@ -509,7 +509,7 @@ class PersonaGym(Benchmark):
             try:
                 chosen = await choose_environments(persona, self.environments, reference, seed)
             except Unscored as error:
-                self._failed |= {(persona, task): (error.reason, error.raw) for task in missing}
+                self._failed |= {(persona, task): error for task in missing}
                 return tasks
             number = self.config.questions
             written = await asyncio.gather(
@@ -518,7 +518,7 @@ class PersonaGym(Benchmark):
             )
             for task, result in zip(missing, written, strict=True):
                 if isinstance(result, Unscored):
-                    self._failed[persona, task] = (result.reason, result.raw)
+                    self._failed[persona, task] = result
                 elif isinstance(result, BaseException):
                     raise result
                 else:

@@ -115,6 +115,8 @@ def run_benchmark(
 ) -> Summary:
     """Run all samples that `folder` does not hold yet, and write its summary. `model` alone is a cast of one.
 
+    A sample that is unscored as a call to an endpoint failed is run again at every start, until it succeeds.
+
     `stack` is the display name of what is measured. `settings` (JSON values) is everything that makes numbers
     comparable and that only the caller knows: base model fingerprint, personalizers' manifests, sampling, seed; the
     benchmark, its version and its data are added here. With `processes`, each one takes every n-th sample and writes
@@ -145,7 +147,7 @@ def run_benchmark(
         processes.wait_for_everyone()
 
     path = folder / "samples.jsonl"
-    done = {row.id for file in parts(path) for row in results.read_rows(file)}
+    done = {id for id, row in _rows(path).items() if not row.failed}
     mine = samples[rank::world]
     trivial = cast.model if isinstance(cast.model, Trivial) else None
 
@@ -181,7 +183,7 @@ async def _episode(benchmark: Benchmark, sample: Sample, roles: Roles) -> Score:
         try:
             score = await benchmark.episode(sample, roles)
         except Unscored as error:
-            score = Score(reason=error.reason, raw=error.raw)
+            score = Score(reason=error.reason, raw=error.raw, failed=error.failed)
         except Exception as error:
             error.add_note(f'This happened in benchmark "{benchmark.name}", sample "{sample.id}".')
             raise
@@ -242,6 +244,15 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _rows(path: Path) -> dict[str, Row]:
+    """By sample. A row of calls that failed stands for it only until there is another one."""
+    rows: dict[str, Row] = {}
+    for row in (row for file in parts(path) for row in results.read_rows(file)):
+        if row.id not in rows or rows[row.id].failed:
+            rows[row.id] = row
+    return rows
+
+
 def _finish(
     folder: Path,
     benchmark: Benchmark,
@@ -252,7 +263,7 @@ def _finish(
     ran: int,
 ) -> None:
     path = folder / "samples.jsonl"
-    rows = {row.id: row for file in parts(path) for row in results.read_rows(file)}
+    rows = _rows(path)
     ordered = [rows[sample.id] for sample in samples]
     with atomic_write(path) as temporary, open(temporary, "wb") as stream:
         for row in ordered:

@@ -31,8 +31,9 @@ class Row:
 
     `n_items` is the length of the user's history; `items` its first few texts, for the reader of the report.
     `groups` are the breakdowns the row belongs to, as {"tier": "hard"}; `transcript` the conversation of an episode
-    with more turns than its sample, `verdicts` what judges said in it. `cut`: what prompts lost in it as they did not
-    fit a local model's positions, as {role: tokens}.
+    with more turns than its sample, `verdicts` what judges said in it. `failed`: it is unscored as a call to an
+    endpoint (the model's, a judge's) got no reply; a run that is started again asks again. `cut`: what prompts lost in
+    it as they did not fit a local model's positions, as {role: tokens}.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Row:
     raw: str
     values: dict[str, float]
     reason: str
+    failed: bool
     groups: dict[str, str]
     verdicts: tuple[Verdict, ...]
     transcript: tuple[dict[str, str], ...]
@@ -72,6 +74,7 @@ class Row:
             raw=score.raw,
             values=dict(score.values),
             reason=score.reason,
+            failed=not score.values and (score.failed or any(verdict.failed for verdict in score.verdicts)),
             groups=dict(groups or {}),
             verdicts=score.verdicts,
             transcript=_plain(score.transcript),

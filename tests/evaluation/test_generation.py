@@ -182,7 +182,9 @@ def test_a_teacher_that_dies_half_way_ends_the_run_and_loses_nothing(tmp_path, c
         assert len(answered & set(texts)) <= 30 - len(kept)
     assert [row["chosen"] for row in rows] == [f"{draw(question):.6f}" for _, question in ITEMS]
     spent = [line["reference"] for line in read_lines(*usage_files(path))]
-    assert len(spent) == 2 and spent[1]["requests"] == 60 - len(kept) == usage(path)["reference"]["requests"] - before
+    assert len(spent) == 2 and spent[1]["requests"] == 60 - len(kept)
+    assert 0 <= spent[0]["requests"] - before <= 4  # what was about to be sent counts, too
+    assert usage(path)["reference"]["requests"] == spent[0]["requests"] + spent[1]["requests"]
 
 
 class FaultServerless:

@@ -241,7 +241,7 @@ class Endpoint:
             self._account.failed += 1
             self._count_failure(failed.reason)
             tries = f"{self.config.retries + 1} {'tries' if self.config.retries else 'try'}"
-            raise Unscored(f"endpoint {self.name}: {failed.reason} after {tries}", failed.raw) from None
+            raise Unscored(f"endpoint {self.name}: {failed.reason} after {tries}", failed.raw, failed=True) from None
         self._failures, self._answered = 0, True
         return reply
 

@@ -70,7 +70,8 @@ def _probabilities(
     unread = [verdict for verdict in (*relevant, *verdicts) if verdict.value is None]
     if unread:
         count = len(relevant) + len(verdicts)
-        return Unscored(f"{len(unread)} of {count} verdicts could not be read: {unread[0].reason}", unread[0].raw)
+        reason = f"{len(unread)} of {count} verdicts could not be read: {unread[0].reason}"
+        return Unscored(reason, unread[0].raw, failed=any(verdict.failed for verdict in unread))
     active = np.array([verdict.value == "yes" for verdict in relevant], dtype=float)
     entailed, denied = (np.array([[v.value == label for v in verdicts]], float) for label in (ENTAILED, CONTRADICTED))
     return Probabilities(active, entailed, denied)

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 
 class Unscored(Exception):
-    """Raised inside an episode whose outcome cannot be read: counted as unscored with this reason, never as zero."""
+    """Raised inside an episode whose outcome cannot be read: counted as unscored with this reason, never as zero.
 
-    def __init__(self, reason: str, raw: str = "") -> None:
+    `failed`: a call to an endpoint got no reply. It may get one another time, so the next start asks again.
+    """
+
+    def __init__(self, reason: str, raw: str = "", *, failed: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.raw = reason, raw
+        self.reason, self.raw, self.failed = reason, raw, failed
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,9 @@ class Rubric:
             value, reason = None, f"{value} is no verdict"
         return Verdict(judge, self.name, self.prompt.hash, value, reason, reply)
 
-    def no_verdict(self, judge: str, reason: str, raw: str = "") -> Verdict:
-        """What a judge gives that has nothing to say."""
-        return Verdict(judge, self.name, self.prompt.hash, None, reason, raw)
+    def no_verdict(self, judge: str, reason: str, raw: str = "", *, failed: bool = False) -> Verdict:
+        """What a judge gives that has nothing to say (`failed`: as it could not be asked, see `Unscored`)."""
+        return Verdict(judge, self.name, self.prompt.hash, None, reason, raw, failed)
 
 
 class Judge(Protocol):
@@ -103,7 +106,7 @@ class ModelJudge:
         try:
             reply = await self.speaker.respond(Request(rubric.prompt.messages(**slots), sampling=sampling))
         except Unscored as error:
-            return rubric.no_verdict(self.name, error.reason, error.raw)
+            return rubric.no_verdict(self.name, error.reason, error.raw, failed=error.failed)
         verdict = rubric.verdict(self.name, reply.text)
         if verdict.value is None and reply.finish_reason == "length":
             cut = f"cut off after {rubric.max_new_tokens} tokens: {verdict.reason}"

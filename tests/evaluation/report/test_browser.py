@@ -17,8 +17,8 @@ def made(i: int, stack: str, text: str, values: dict[str, float]) -> Row:
     return Row(
         id=f"s{i:05}", cluster=f"user {i % 20}", task="", persona=f"user {i % 20}", description="someone", n_items=0,
         items=(), messages=({"role": "user", "content": text},), options=None, target="yes", raw=f"{stack}: yes",
-        values=values, reason="" if values else "no number", groups={"kind": f"kind {i % 3}"}, verdicts=(),
-        transcript=(), cut={},
+        values=values, reason="" if values else "no number", failed=False, groups={"kind": f"kind {i % 3}"},
+        verdicts=(), transcript=(), cut={},
     )  # fmt: skip
 
 
