@@ -22,14 +22,15 @@ BENCHMARKS = {
     "personafeedback": "persona.benchmarks.personafeedback",
     "personaeval": "persona.benchmarks.personaeval",
     "rmtbench": "persona.benchmarks.rmtbench",
+    "apc": "persona.benchmarks.apc",
     "character": "persona.benchmarks.character",
     "coherence": "persona.benchmarks.coherence",
     "revealed_preferences": "persona.benchmarks.revealed_preferences",
     "town_tasks": "persona.benchmarks.town_tasks",
 }
-OVER_PEOPLE = ("lamp", "town", "character", "coherence")
+OVER_PEOPLE = ("lamp", "town", "apc", "character", "coherence")
 # Left out of benchmark=all: over people of their own kind.
-NOT_IN_ALL = ("character", "coherence")
+NOT_IN_ALL = ("apc", "character", "coherence")
 
 
 @dataclass

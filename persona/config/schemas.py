@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from persona.benchmarks import AllConfig, BenchmarkConfig, FileBenchmarkConfig, PeopleBenchmarkConfig
+from persona.benchmarks.apc import APCBenchmarkConfig
 from persona.benchmarks.character import CharacterConfig, QuestionsConfig
 from persona.benchmarks.coherence import CoherenceConfig
 from persona.benchmarks.persobench import PersoBenchConfig
@@ -109,6 +110,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "benchmark": {
         "base_all": AllConfig,
         "base_people": PeopleBenchmarkConfig,
+        "base_apc": APCBenchmarkConfig,
         "base_character": CharacterConfig,
         "base_coherence": CoherenceConfig,
         "base_persobench": PersoBenchConfig,
@@ -138,6 +140,7 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     PersonaPlugConfig: {"prefix_scale": ("measured", "none"), "compat": (None, "reference")},
     RoleConfig: {"kind": ("none", "local", "endpoint", "random", "oracle")},
     PeopleBenchmarkConfig: {"split": ("train", "dev", "test")},
+    APCBenchmarkConfig: {"split": ("train", "dev", "test"), "compat": (None, "reference")},
     FileBenchmarkConfig: {"compat": (None, "reference")},
     PersoBenchConfig: {"mode": ("vanilla", "cot")},
     PersonaEvalConfig: {"mode": ("text", "likelihood")},

@@ -16,16 +16,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from persona.encoders import EncoderConfig
 from persona.errors import UserError
 from persona.evaluation.prompts import Prompt
 from persona.lm import BaseLM
 from persona.methods.prompt import last_user, settings, with_system
 from persona.methods.ranking import Dense, best, bm25_scores
+from persona.metrics.apc import RELEVANCE_TEMPLATE, YES, Classifier, relevance_order
 from persona.personalizer import Personalizer
 from persona.types import Message, Persona, Request
 
-RANKERS = ("all", "bm25", "dense")
+RANKERS = ("all", "relevance", "bm25", "dense")
 SHIPPED = {name: Path(__file__).parent / "prompts" / name for name in ("english", "town")}
 
 
@@ -43,13 +46,15 @@ def prompt_file(prompts: str, name: str, /, **slots: object) -> Prompt:
 
 @dataclass
 class StatementsConfig:
-    """`ranker`: all (every statement, in order), or bm25 or dense: the `k` nearest to the last user message, best
-    first. `prompts`: a folder with statements.md (slots statements, and role, the system prompt that is there
-    already); `encoder` of ranker dense."""
+    """`ranker`: all (every statement, in order), or relevance, bm25 or dense: the `k` that bear most on the last user
+    message, best first. `prompts`: a folder with statements.md (slots statements, and role, the system prompt that is
+    there already). `relevance_model`, a folder or hub id, is APC's discriminator for ranker relevance, `encoder` the
+    text encoder of ranker dense."""
 
     ranker: str = "bm25"
     k: int = 5
     prompts: str = "english"
+    relevance_model: str | None = None
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
 
@@ -70,10 +75,17 @@ class Statements(Personalizer):
             )
         if config.k < 1:
             raise UserError(f"personalizer statements needs k of at least 1, not {config.k}")
+        if config.ranker == "relevance" and not config.relevance_model:
+            raise UserError("statements by relevance need a discriminator: relevance_model has no value")
         self.settings = config
         self.file = prompt_file(config.prompts, "statements", role="", statements=[])
         self.fingerprint = self.file.hash
         self.dense = Dense(config.encoder, base.device) if config.ranker == "dense" else None
+        self.relevance: Classifier | None = None
+        if config.ranker == "relevance":
+            self.relevance = Classifier(
+                str(config.relevance_model), "relevance_model", relevance_order, RELEVANCE_TEMPLATE
+            )
 
     def prompt(self, requests: Sequence[Request]) -> list[Request]:
         return [
@@ -96,11 +108,25 @@ class Statements(Personalizer):
         k = self.settings.k
         if self.dense is not None:
             ranked = self.dense.rank(pools, queries, k)
+        elif self.relevance is not None:
+            personas = [request.persona for request in requests]
+            names = ["" if who is None else who.attributes.get("name", who.id) for who in personas]
+            ranked = [best(row, k) for row in self._relevance(self.relevance, names, pools, queries)]
         else:
             ranked = [
                 best(bm25_scores(pool, query), k) if pool else [] for pool, query in zip(pools, queries, strict=True)
             ]
         return [[pool[place] for place in order] for pool, order in zip(pools, ranked, strict=True)]
+
+    @staticmethod
+    def _relevance(
+        classifier: Classifier, names: Sequence[str], pools: Sequence[Sequence[str]], queries: Sequence[str]
+    ) -> list[np.ndarray]:
+        """Per request P(yes) of its statements, [S]; one pass over all of them."""
+        rows = zip(names, pools, queries, strict=True)
+        asked = [{"character": n, "statement": s, "query": q} for n, pool, q in rows for s in pool]
+        ends = np.cumsum([len(pool) for pool in pools])[:-1]
+        return np.split(classifier(asked)[YES], ends)[: len(pools)]
 
     def config(self) -> dict[str, Any]:
         return asdict(self.settings)

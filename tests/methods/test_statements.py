@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from scorer_toys import save_bert
 
 from persona.encoders import EncoderConfig
 from persona.errors import UserError
 from persona.methods import load_personalizer
 from persona.methods.statements import Constitution, ConstitutionConfig, Statements, StatementsConfig
+from persona.metrics.apc import RELEVANCE_TEMPLATE, Classifier, relevance_order
 from persona.town import assistant_documents as assistant
 from persona.town import lexicon as lx
 from persona.town.people import people
@@ -64,6 +66,19 @@ def test_dense_ranks_like_its_encoder_and_a_request_does_not_depend_on_its_compa
     assert rag.choose([asked[3]]) == [[FACTS[place] for place in expected]]
 
 
+def test_relevance_ranks_by_the_discriminators_yes(llama, folder, tmp_path):
+    model = save_bert(tmp_path / "model", ("no", "yes"))
+    rag = Statements(StatementsConfig("relevance", k=3, prompts=folder, relevance_model=model), llama)
+    asked = [ask("the red house"), ask("hi", Persona("eve")), ask("boats", None), ask("rain")]
+    for request, chosen in zip(asked, rag.choose(asked), strict=True):
+        assert chosen == rag.choose([request])[0]
+    items = [{"character": "ada-1", "statement": fact, "query": "rain"} for fact in FACTS]
+    yes = Classifier(model, "x", relevance_order, RELEVANCE_TEMPLATE)(items)["yes"]
+    assert len(set(yes)) == 4
+    assert rag.choose(asked)[3] == [FACTS[place] for place in sorted(range(4), key=lambda place: -yes[place])[:3]]
+    assert rag.choose(asked)[1:3] == [[], []] and rag.prompt([]) == []
+
+
 def test_english_words_give_statements_first_and_the_role_last(llama):
     assert system(Statements(StatementsConfig("all"), llama), ask("boat")) == "\n".join(FACTS) + "\n\nPlay Ada."
     asked = ask("boat", Persona("me", statements=("I am shy.", "I hum.")))
@@ -95,6 +110,7 @@ def test_mistakes_are_named(llama, tmp_path):
     for settings, message in (
         ({"ranker": "bm52"}, "no ranker 'bm52' of statements; did you mean bm25"),
         ({"k": 0}, "needs k of at least 1, not 0"),
+        ({"ranker": "relevance"}, "relevance_model has no value"),
         ({"rankr": "all"}, "no setting 'rankr'; did you mean ranker"),
         ({"prompts": str(tmp_path / "none")}, "none/statements.md could not be read"),
     ):
