@@ -138,7 +138,7 @@ def train_discriminator(
         raise UserError(f"the {task} discriminator needs training rows of two classes at least, but has {told}")
     # No neighbour has to agree on how a head is drawn: it is this task's own.
     torch.manual_seed(seed_of(trainer.seed, "head", task))
-    model, tokenizer = _body(config.base, classes)
+    model, tokenizer = body(config.base, classes)
     weights = class_weights([row.label for row in parts["train"]], classes, config.class_weights)
     numbers = {label: number for number, label in enumerate(classes)}
     length = min(config.max_length, longest_input(tokenizer, model.config))
@@ -167,7 +167,7 @@ def train_discriminator(
             write_json(temporary / "report.json", measure(task, str(temporary), parts, config))
 
 
-def _body(base: str, classes: Sequence[str]) -> tuple[Any, Any]:
+def body(base: str, classes: Sequence[str]) -> tuple[Any, Any]:
     """A pretrained model under a new head for `classes`, and its tokenizer. Raises UserError without one."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
