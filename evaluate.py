@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from persona.config import EvaluateConfig, entry, load_config, save_run_files
+from persona.config import EvaluateConfig, entry, load_config, save_run_files, start_processes
 from persona.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -21,17 +21,12 @@ logger = logging.getLogger(__name__)
 
 def evaluate(cfg: EvaluateConfig) -> Path:
     """Run a benchmark under one or several stacks; returns the folder of results. Raises UserError on bad input."""
-    import torch
-    from accelerate import PartialState
-
     from persona.benchmarks import BENCHMARKS, NOT_IN_ALL, OVER_PEOPLE
     from persona.evaluation import report
     from persona.evaluation.judges.gate import warn_unless_passed
     from persona.evaluation.report.table import print_table
 
-    # Before an LM is loaded, as it chooses this process's GPU. Without one, every process that torchrun starts would
-    # take itself for the only one unless told that the CPU is meant.
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    processes = start_processes()
     root = Path(cfg.output) / "evaluation"
     configs = [cfg.benchmark]
     if cfg.benchmark.name == "all":

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from persona.config import TrainConfig, entry, save_run_files
+from persona.config import TrainConfig, entry, save_run_files, start_processes
 from persona.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,19 +30,16 @@ def train(cfg: TrainConfig) -> Path | None:
 
         plan(cfg).print()
         return None
-    import torch
-    from accelerate import PartialState
-
     import persona
     from persona import data, lm
 
-    # Without `cpu` and without a GPU every process that torchrun starts would take itself for the only one.
-    PartialState(cpu=cfg.trainer.cpu or not torch.cuda.is_available())
+    start_processes(cfg.trainer.cpu)
     method = importlib.import_module(METHODS[cfg.method.name])
     stages = getattr(method, "STAGES", ())
     if cfg.stage is not None and cfg.stage not in stages:
-        known = f"it has {', '.join(stages)}" if stages else "it has none"
-        raise UserError(f"stage={cfg.stage}: {cfg.method.name} has no such stage ({known})")
+        near = get_close_matches(cfg.stage, stages, n=1, cutoff=0.0)
+        hint = f"; did you mean {near[0]}? It has {', '.join(stages)}" if near else "; it has no stages"
+        raise UserError(f"stage={cfg.stage} is no stage of {cfg.method.name}{hint}")
     out = Path(cfg.output)
     save_run_files(out, cfg)
     people = data.load(cfg.data)

@@ -284,6 +284,19 @@ def offline(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ("apc", "stage=pars is no stage of apc; did you mean pairs"),
+        ("finetune_lora", "stage=pars .*; it has no stages"),
+    ],
+)
+def test_an_unknown_stage_is_one_sentence_with_the_nearest(method, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        train(load_config("train", [f"method={method}", "stage=pars", f"output={tmp_path / 'out'}"]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("script", "given", "sentence"),
     (
         ("train.py", "trainer.epochz=1", "error: unknown key trainer.epochz; did you mean trainer.epochs?\n"),

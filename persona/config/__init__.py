@@ -7,7 +7,7 @@ if __name__ == "__main__":                                                   # t
 """
 
 from persona.config.compose import CONFIGS, bind, check_overrides, load_config
-from persona.config.run import entry, save_run_files
+from persona.config.run import entry, save_run_files, start_processes
 from persona.config.schemas import EvaluateConfig, RoleConfig, TrainConfig
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "entry",
     "load_config",
     "save_run_files",
+    "start_processes",
 ]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import hydra
 import psutil
 import torch
 import yaml
+from accelerate import PartialState
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -90,6 +92,16 @@ RESUMABLE = {
     *(f"trainer.{key}" for key in ("resume", "wandb", "workers", "keep_checkpoints", "log_every", "cpu")),
     *("trainer.eval_every", "trainer.save_every", "trainer.deepspeed"),
 }
+
+
+def start_processes(cpu: bool = False) -> PartialState:
+    """This process's place among those of the launch, and its GPU; to be called before a model is loaded.
+
+    Without a GPU every process that torchrun starts would take itself for the only one unless told that the CPU is
+    meant. They wait a day for each other (NCCL would give up after 10 minutes): one may have hours of a stage or an
+    evaluation left when the others are done, and when one dies its launcher ends them all.
+    """
+    return PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def check_same_run(output: Path | str, cfg: TrainConfig) -> None:

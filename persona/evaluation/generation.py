@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from persona.errors import UserError
 from persona.evaluation.judges.judging import Unscored
 from persona.evaluation.roles import Cast, Roles
-from persona.evaluation.runner import Processes, part, parts, place, run_episodes, usage_files
+from persona.evaluation.runner import Processes, part, parts, place, run_episodes, usage, usage_files
 from persona.files import atomic_write, read_lines, write_json
 
 logger = logging.getLogger(__name__)
@@ -160,6 +160,9 @@ def _join(path: Path, ids: Sequence[str], title: str) -> None:
             temporary.write_bytes(b"".join(_line(rows[id]) for id in ids))
         for file in parts(path)[1:]:
             file.unlink()
+    for role, counts in usage(path).items():
+        told = ", ".join(f"{key} {value:g}" for key, value in counts.items() if value)
+        logger.info("%s: the %s was asked over all starts: %s", title, role, told)
     if reasons := Counter(row["reason"] for row in rows.values() if "reason" in row):
         told = "; ".join(f"{n} × {reason}" for reason, n in reasons.most_common(3))
         logger.warning(

@@ -154,6 +154,7 @@ async def teach(question, roles):
 
 
 def test_a_teacher_that_dies_half_way_ends_the_run_and_loses_nothing(tmp_path, caplog):
+    caplog.set_level("INFO", "persona")
     dead = threading.Event()
 
     def plan(seen):
@@ -175,7 +176,10 @@ def test_a_teacher_that_dies_half_way_ends_the_run_and_loses_nothing(tmp_path, c
         server.seen.clear()
         server.plan = lambda seen: Answer(text=f"{draw(seen.text):.6f}")
         rows = run(path, Cast(ToyModel(1.0), reference=endpoint(server)), episode=teach, batch_size=2)
-        assert not any("reason" in row for row in rows) and len(rows) == 60 and not caplog.messages
+        assert not any("reason" in row for row in rows) and len(rows) == 60
+        assert [text.split(" ", 7)[:7] for text in caplog.messages if "asked over" in text] == [
+            ["a:", "the", "reference", "was", "asked", "over", "all"]
+        ]
         texts = [seen.text for seen in server.seen]
         assert len(texts) == len(set(texts)) == 60 - len(kept)
         # An answer that came and whose row was under way when the run ended is all that may be asked for again.
