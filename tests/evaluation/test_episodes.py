@@ -182,7 +182,7 @@ from test_episodes import run
 processes = PartialState(cpu=True)
 class Slow(ToyModel):
     def respond(self, requests):
-        time.sleep(0.02)
+        time.sleep(0.03)
         return super().respond(requests)
 run(Ratings(500), Slow(), sys.argv[1], batch_size=1, processes=processes)
 """
@@ -204,20 +204,30 @@ run(Ratings(500), Slow(), sys.argv[1], batch_size=1, processes=processes)
     def rows(folder):
         return sum(path.read_bytes().count(b"\n") for path in folder.glob("samples*.jsonl"))
 
-    assert [child.wait(120) for child in launch(tmp_path / "whole")] == [0, 0]
-    rng, counts = random.Random(0), []
-    for _ in range(10):
+    def wait_for_rows(folder, more):
+        deadline = time.monotonic() + 100
+        while rows(folder) < more and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return time.monotonic()
+
+    launched, children = time.monotonic(), launch(tmp_path / "whole")
+    begun = wait_for_rows(tmp_path / "whole", 1)
+    assert [child.wait(120) for child in children] == [0, 0]
+    starting, working = begun - launched, time.monotonic() - begun
+    rng, counts = random.Random(0), [0]
+    for kill in range(10):
         children = launch(tmp_path / "killed")
-        before, deadline = rows(tmp_path / "killed"), time.monotonic() + 60
-        while rows(tmp_path / "killed") < min(before + 8, 490) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(rng.random() * 0.3)
+        if kill % 5 == 4:  # before work goes on
+            time.sleep(rng.random() * starting / 2)
+        else:  # well into it
+            wait_for_rows(tmp_path / "killed", counts[-1] + 1)
+            time.sleep(rng.random() * working / 12)
         for child in children:
             os.kill(child.pid, signal.SIGKILL)
-        for child in children:
-            child.wait()
+        assert [child.wait() for child in children] == [-signal.SIGKILL] * 2, "the run was over before it was killed"
         counts.append(rows(tmp_path / "killed"))
-    assert counts == sorted(counts) and 0 < counts[0] and counts[-1] < 500, counts
+    print(f"rows after each kill: {counts}")
+    assert counts == sorted(counts) and counts[-1] < 500 and len(set(counts)) > 8, counts
     assert [child.wait(120) for child in launch(tmp_path / "killed")] == [0, 0]
     ids = [row.id for row in read_rows(tmp_path / "killed" / "samples.jsonl")]
     assert len(ids) == len(set(ids)) == 500
