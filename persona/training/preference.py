@@ -6,7 +6,7 @@ is no second model in memory; its per-token log-probs are computed once, before 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -83,13 +85,12 @@ class Collate:
 
     rows: Sequence[Tokens]
     pad: int
-    reference: Reference | None = None
+    reference: Reference
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
         numbers = [pair[side] for side in ("chosen", "rejected") for pair in pairs]
         rows = [self.rows[number] for number in numbers]
         batch = padded(rows, self.pad)
-        assert self.reference is not None
         logps = torch.zeros(batch["labels"].shape[0], batch["labels"].shape[1] - 1)
         for i, (number, (prompt, reply)) in enumerate(zip(numbers, rows, strict=True)):
             logps[i, len(prompt) - 1 : len(prompt) + len(reply) - 1] = self.reference[number]
@@ -100,13 +101,45 @@ class Collate:
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
+class _Head(nn.Module):
+    """The base LM's head over hidden states that are known already, as something TRL can fuse with the loss."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.config, self.get_output_embeddings = model.config, model.get_output_embeddings
+        add_fused_lm_head(self)
+
+    def base_model(self, hidden: Tensor, use_cache: bool) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=hidden)
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor: ...
+
+
+def reply_logps(model: PreTrainedModel) -> Callable[..., Tensor]:
+    """A forward of `model` that gives log-probs of `labels[:, 1:]`, [B, T - 1] in float32; 0 where there is no label.
+
+    TRL's fused head never holds logits of a whole batch. It is given the positions in front of labels only: most of a
+    row is prompt.
+    """
+    head = _Head(model)
+
+    def forward(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        known = labels[:, 1:] != -100
+        hidden, targets = output.last_hidden_state[:, :-1][known], labels[:, 1:][known]
+        logps = head(hidden=hidden[None], shift_labels=targets[None], fused_lm_head=True).log_probs[0]
+        return logps.new_zeros(known.shape).masked_scatter(known, logps)
+
+    return forward
+
+
 class PreferenceTrainer(OwnTrainer, DPOTrainer):
     """TRL's DPOTrainer with the terms of losses.py, on rows that are tokens already and a reference that is known."""
 
     def __init__(self, *args: Any, beta: float, nll_coef: float, kl_coef: float, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.coefficients = {"beta": beta, "nll_coef": nll_coef, "kl_coef": kl_coef}
-        add_fused_lm_head(self.model)  # again, for log-probs alone: TRL's takes statistics that nobody reads here
+        self.model.forward = reply_logps(self.model)  # in TRL's place, and away again with the adapter
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset
@@ -123,27 +156,14 @@ class PreferenceTrainer(OwnTrainer, DPOTrainer):
     ) -> Tensor:
         """The mean over the pairs of a batch; the Trainer takes the mean over accumulated batches and processes."""
         known = (inputs["ref_logps"], inputs["labels"][:, 1:] != -100)
-        chosen, rejected = zip(*(t.chunk(2) for t in (self.logps(model, inputs), *known)), strict=True)
+        logps = model(**{name: inputs[name] for name in ("input_ids", "attention_mask", "labels")})
+        chosen, rejected = zip(*(values.chunk(2) for values in (logps, *known)), strict=True)
         weights = inputs["weights"].unbind(-1)
         loss = preference_loss(
             *chosen, *rejected, **self.coefficients, chosen_weight=weights[0], rejected_weight=weights[1]
         )
         self._note(loss.dpo, loss.nll, loss.kl, loss.margin)
         return loss.total.mean()
-
-    def logps(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Log-probs of `labels[:, 1:]`, [B, T - 1] in float32; 0 where there is nothing to predict."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-        return model(**inputs, use_cache=False, fused_lm_head=True).log_probs
-
-    @torch.no_grad()
-    def reference_logps(self, rows: Sequence[Tokens]) -> list[Tensor]:
-        """Per row [reply's tokens], by the model as it is: whoever calls has switched the adapter off."""
-        device = self.accelerator.device
-        batch = {name: tensor.to(device) for name, tensor in padded(rows, self.data_collator.pad).items()}
-        with self.accelerator.autocast():
-            logps = self.logps(self.model, batch).cpu()
-        return [logps[i, len(p) - 1 : len(p) + len(r) - 1] for i, (p, r) in enumerate(rows)]
 
     @torch.no_grad()
     def _note(self, dpo: Tensor, nll: Tensor, kl: Tensor, margin: Tensor) -> None:
@@ -205,25 +225,20 @@ def prepare(
 ) -> PreferenceTrainer:
     """The trainer of an adapted base, with the log-probs of its reference."""
     spare_head(base)
-    collate = Collate(encoded.rows, base.tokenizer.pad_token_id)
-    loop = PreferenceTrainer(
-        model=base.model,
-        # The log-probs count as known: else TRL loads a second model.
-        args=arguments(
-            trainer, out, len(heldout) > 0, DPOConfig, max_length=None, disable_dropout=False,
-            precompute_ref_log_probs=True,
-        ),
-        train_dataset=data,
-        eval_dataset=heldout if len(heldout) else None,
-        data_collator=collate,
-        processing_class=base.tokenizer,
-        **coefficients,
+    args = arguments(
+        trainer, out, len(heldout) > 0, DPOConfig, max_length=None, disable_dropout=False,
+        precompute_ref_log_probs=True,  # the log-probs count as known: else TRL loads a second model
     )  # fmt: skip
     parts = [str(base.identity["fingerprint"]), str(base.dtype), trainer.precision]
     parts += [sha256(Path(folder) / name) for folder in below for name in (CONFIG, WEIGHTS)]
-    with peft_model.disable_adapter():
-        # Batches of as many rows as in training, where each pair has two.
-        collate.reference = reference_logps(
-            loop.reference_logps, encoded.rows, out / "reference", parts, 2 * trainer.batch_size
-        )
-    return loop
+    with peft_model.disable_adapter(), torch.autocast(base.device.type, torch.bfloat16, enabled=args.bf16):
+        reference = reference_logps(base, encoded.rows, out / "reference", parts, trainer.batch_size)
+    return PreferenceTrainer(
+        model=base.model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=heldout if len(heldout) else None,
+        data_collator=Collate(encoded.rows, base.tokenizer.pad_token_id, reference),
+        processing_class=base.tokenizer,
+        **coefficients,
+    )

@@ -7,7 +7,7 @@ killed run goes on where it was, and training reads single rows out of memory-ma
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,14 @@ from torch import Tensor
 
 from persona.errors import UserError
 from persona.files import atomic_write
+from persona.lm import BaseLM, Row
 from persona.lm.batch import batches
+from persona.lm.score import score
 from persona.progress import Bar
 from persona.training.rows import Tokens
+from persona.types import Request
 
-CHUNK = 512  # rows a file
+CHUNK = 256  # prompts a file
 
 
 def content_key(model: Sequence[str], rows: Sequence[Tokens]) -> str:
@@ -72,21 +75,21 @@ class Reference:
 
 
 def reference_logps(
-    forward: Callable[[Sequence[Tokens]], list[Tensor]],
-    rows: Sequence[Tokens],
-    folder: Path,
-    model: Sequence[str],
-    batch_size: int,
+    base: BaseLM, rows: Sequence[Tokens], folder: Path, parts: Sequence[str], batch_size: int
 ) -> Reference:
-    """Log-probs of the reply's tokens of every row, from `folder` where they are there already.
+    """Log-probs of the reply's tokens of every row by `base` as it stands, from `folder` where they are there already.
 
-    `forward` computes one batch: per row a float32 tensor [reply's tokens]. `model` names what computes them (the
-    base's fingerprint, hashes of adapters, the precision); with the rows' tokens it makes the name of the subfolder.
-    Rows are computed in batches of similar length, longest first, by all processes together.
+    `parts` names what computes them (the base's fingerprint, hashes of adapters, the precision); with the rows' tokens
+    it makes the name of the subfolder. A prompt is computed once for all its replies (`lm.score`), in batches of
+    `batch_size` prompts of similar length, longest first, by all processes together.
     """
     processes = PartialState()
-    place = folder / content_key(model, rows)
-    chunks = list(batches([len(prompt) + len(reply) for prompt, reply in rows], CHUNK))
+    place = folder / content_key(parts, rows)
+    prompts: dict[tuple[int, ...], list[int]] = {}
+    for row, (prompt, _) in enumerate(rows):
+        prompts.setdefault(tuple(prompt), []).append(row)
+    groups = list(prompts.items())
+    chunks = list(batches([len(prompt) for prompt, _ in groups], CHUNK))
     mine = [
         (path, chunk)
         for number, chunk in enumerate(chunks)
@@ -94,17 +97,22 @@ def reference_logps(
         and not (path := place / f"chunk-{number:05d}.safetensors").is_file()
     ]
     show = processes.is_main_process and bool(mine)
-    with Bar("reference log-probs", sum(len(chunk) for _, chunk in mine), show) as bar:
+    with Bar("reference log-probs, prompts", sum(len(chunk) for _, chunk in mine), show) as bar:
         for path, chunk in mine:
+            numbers: list[int] = []
             logps: list[Tensor] = []
             for start in range(0, len(chunk), batch_size):
-                batch = chunk[start : start + batch_size]
-                logps += forward([rows[row] for row in batch])
+                batch = [groups[i] for i in chunk[start : start + batch_size]]
+                asked = [Row(list(prompt), None, Request(())) for prompt, _ in batch]
+                replies = [[rows[row][1] for row in own] for _, own in batch]
+                for (_, own), found in zip(batch, score(base, asked, replies, batch_size=batch_size), strict=True):
+                    numbers += own
+                    logps += found
                 bar.advance(len(batch))
             tensors = {
-                "rows": torch.tensor(chunk),
+                "rows": torch.tensor(numbers),
                 "lengths": torch.tensor([len(one) for one in logps]),
-                "logps": torch.cat(logps).float().cpu(),
+                "logps": torch.cat(logps),
             }
             with atomic_write(path) as temporary:
                 save_file(tensors, temporary)
