@@ -85,7 +85,7 @@ def steps(trainer: Trainer, batches: Sequence[list[dict]]) -> list[Callable[[], 
     weights = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     torch.manual_seed(1)
     for parameter in weights:  # the same on both sides, and different from the reference
-        parameter.data = torch.randn_like(parameter) * 0.02
+        parameter.data = torch.randn_like(parameter) * 0.1
     optimizer = torch.optim.AdamW(weights, lr=1e-6)
     trainer.optimizer, trainer.current_gradient_accumulation_steps = optimizer, 1
 
@@ -189,7 +189,7 @@ def check(trainer: Trainer, trl: Trainer, size: int) -> None:
             batch = one._prepare_inputs(one.data_collator(batched(one.train_dataset, size)[0]))
             loss = one.compute_loss(one.model, batch)
     dpo, loss = trainer._metrics["train"]["dpo"][-1], loss.item()
-    if abs(dpo - loss) > 1e-4 or abs(dpo - math.log(2)) < 1e-3:
+    if abs(dpo - loss) > 1e-4 or abs(dpo - math.log(2)) < 1e-5:
         raise UserError(f"the DPO loss of the first batch is {dpo:.5f} with us and {loss:.5f} with TRL")
 
 
