@@ -27,10 +27,11 @@ BENCHMARKS = {
     "coherence": "persona.benchmarks.coherence",
     "revealed_preferences": "persona.benchmarks.revealed_preferences",
     "town_tasks": "persona.benchmarks.town_tasks",
+    "lm_eval": "persona.benchmarks.lm_eval",
 }
 OVER_PEOPLE = ("lamp", "town", "apc", "character", "coherence")
-# Left out of benchmark=all: over people of their own kind.
-NOT_IN_ALL = ("apc", "character", "coherence")
+# Left out of benchmark=all: over people of their own kind, or with tasks to be named.
+NOT_IN_ALL = ("apc", "character", "coherence", "lm_eval")
 
 
 @dataclass

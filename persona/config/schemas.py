@@ -18,6 +18,7 @@ from persona.benchmarks import AllConfig, BenchmarkConfig, FileBenchmarkConfig, 
 from persona.benchmarks.apc import APCBenchmarkConfig
 from persona.benchmarks.character import CharacterConfig, QuestionsConfig
 from persona.benchmarks.coherence import CoherenceConfig
+from persona.benchmarks.lm_eval import LmEvalConfig
 from persona.benchmarks.persobench import PersoBenchConfig
 from persona.benchmarks.personaeval import PersonaEvalConfig
 from persona.benchmarks.personafeedback import PersonaFeedbackConfig
@@ -113,6 +114,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_apc": APCBenchmarkConfig,
         "base_character": CharacterConfig,
         "base_coherence": CoherenceConfig,
+        "base_lm_eval": LmEvalConfig,
         "base_persobench": PersoBenchConfig,
         "base_personaeval": PersonaEvalConfig,
         "base_personafeedback": PersonaFeedbackConfig,
