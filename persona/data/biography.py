@@ -1,6 +1,6 @@
 """A text about one character: statements where its lines read "Key: value", and interview questions to ask.
 
-    python train.py data=biography data.path=Alice.txt method=apc
+    python train.py data=biography data.path=Alice.txt method=apc teacher=endpoint judge=endpoint
 
 UTF-8. The character's name stands in a line "Name: …", else in `data.character`, else it is the file's name
 (`wiki_Ada_Lovelace.txt` is Ada Lovelace). A folder holds one such file per character. Prose gives no statements here:
@@ -9,9 +9,11 @@ a language model takes them out of it (method apc, stage statements).
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 from persona.data.base import People, plain_task, register
 from persona.errors import UserError
@@ -26,12 +28,16 @@ _ENTRY = re.compile(r"(?P<key>[^\W\d_][^:.!?]{0,48}?)\s*:\s+(?P<value>\S.*)")
 @dataclass
 class BiographyConfig:
     """`path`: a text file, or a folder of them. `character`: the name, where file and text do not give it.
-    `questions`: a file with one question a line; null takes ten that anybody can be asked."""
+    `questions`: a file with one question a line, for the test split; null takes ten that anybody can be asked.
+    `train_questions`: the same for the train split, or null. `statements`: a folder with what a model took out of the
+    texts, <id>.json as method apc leaves it; null takes those of "Key: value" lines."""
 
     name: str = "biography"
     path: str | None = None
     character: str | None = None
     questions: str | None = None
+    train_questions: str | None = None
+    statements: str | None = None
 
 
 def names(statement: str, character: str) -> bool:
@@ -95,22 +101,39 @@ def read(path: Path, character: str | None = None) -> Persona:
     return Persona(stem, text, statements_of(text, name, str(path)), {"name": name})
 
 
-def read_questions(path: Path) -> list[str]:
+def read_questions(path: Path, key: str) -> list[str]:
     """One question a line, blank lines aside. Raises UserError for a file without any."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.questions {path} could not be read as UTF-8 text: {error}") from error
+        raise UserError(f"data.{key} {path} could not be read as UTF-8 text: {error}") from error
     questions = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not questions:
-        raise UserError(f"data.questions {path} holds no question; it should have one a line")
+        raise UserError(f"data.{key} {path} holds no question; it should have one a line")
     return questions
 
 
-def load(config: BiographyConfig) -> People:
-    """Every question to every character, as the test split; there is nothing to train on but the texts themselves.
+def read_statements(folder: Path, persona: Persona) -> tuple[str, ...]:
+    """The statements of `<folder>/<id>.json`, a list of objects with the key "statement" (reference/apc.md 4).
 
-    Raises UserError for bad files (`read`, `read_questions`), a folder without texts, and a folder with `character`.
+    Raises UserError for another file, and for a statement that does not name the character.
+    """
+    path = folder.expanduser() / f"{quote(persona.id, safe=' ')}.json"
+    try:
+        found = tuple(dict.fromkeys(str(row["statement"]) for row in json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"data.statements {path} should be a JSON list of objects with 'statement': {error!r}"
+        ) from error
+    check_names(found, persona.attributes["name"], str(path))
+    return found
+
+
+def load(config: BiographyConfig) -> People:
+    """Every question to every character: the interview as the test split, `train_questions` as the train split.
+
+    Raises UserError for bad files (`read`, `read_questions`, `read_statements`), a folder without texts, and a folder
+    with `character`.
     """
     if config.path is None:
         raise UserError("data.path has no value: data.path=… names a text about one character, or a folder of them")
@@ -122,13 +145,17 @@ def load(config: BiographyConfig) -> People:
         raise UserError(
             f"data.character={config.character!r} names one character, but {path} holds {len(files)} texts"
         )
-    questions = read_questions(Path(config.questions).expanduser() if config.questions else QUESTIONS)
-    samples = []
+    asked = {"test": read_questions(Path(config.questions or QUESTIONS), "questions")}
+    asked["train"] = read_questions(Path(config.train_questions), "train_questions") if config.train_questions else []
+    samples: dict[str, list[Sample]] = {split: [] for split in asked}
     for file in files:
         persona = read(file, config.character)
+        if config.statements:
+            persona = replace(persona, statements=read_statements(Path(config.statements), persona))
         role = Message("system", ROLE.format(name=persona.attributes["name"]))
-        samples += [
-            Sample(f"{persona.id}/{number}", (role, Message("user", question)), "", persona, None, TASK.name)
-            for number, question in enumerate(questions)
-        ]
-    return People("biography", {TASK.name: TASK}, (), (), tuple(samples))
+        for split, questions in asked.items():
+            samples[split] += [
+                Sample(f"{persona.id}/{split}/{n}", (role, Message("user", question)), "", persona, None, TASK.name)
+                for n, question in enumerate(questions)
+            ]
+    return People("biography", {TASK.name: TASK}, tuple(samples["train"]), (), tuple(samples["test"]))

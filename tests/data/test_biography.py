@@ -1,5 +1,7 @@
 """Texts about a character: statements by rule, names, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 
 from persona import data
@@ -62,6 +64,21 @@ def test_every_question_is_asked_of_every_character(tmp_path):
     people = data.load(BiographyConfig(path=str(tmp_path / "b.txt"), character="Mira", questions=str(tmp_path / "q")))
     assert [sample.messages[1].content for sample in people.test] == ["Who are you?", "Where?"]
     assert people.test[0].persona.attributes == {"name": "Mira"}
+
+
+def test_questions_to_train_on_and_statements_that_a_model_took_out(tmp_path):
+    (tmp_path / "b.txt").write_text(PROSE)
+    (tmp_path / "q").write_text("Where do you live?\n")
+    (tmp_path / "b.json").write_text('[{"character": "Mira", "passage": "", "statement": "Mira carves."}]')
+    config = BiographyConfig(path=str(tmp_path / "b.txt"), character="Mira", train_questions=str(tmp_path / "q"))
+    people = data.load(replace(config, statements=str(tmp_path)))
+    assert [sample.messages[1].content for sample in people.train] == ["Where do you live?"]
+    assert {sample.persona.statements for sample in (*people.train, *people.test)} == {("Mira carves.",)}
+    (tmp_path / "b.json").write_text('[{"statement": "She carves."}]')
+    with pytest.raises(UserError, match="b.json, statement 1, does not name Mira"):
+        data.load(replace(config, statements=str(tmp_path)))
+    with pytest.raises(UserError, match="should be a JSON list of objects with 'statement'"):
+        data.load(replace(config, statements=str(tmp_path / "none")))
 
 
 def test_bad_input_is_one_sentence_each(tmp_path):
