@@ -134,6 +134,7 @@ def _behind(known: Tensor, new: Tensor, rows: Tensor) -> Tensor:
     """[B, heads, C, d] and [K, heads, T, d] → [K, heads, C + T, d]: known[rows[k]], then new[k]; copied once."""
     columns = known.shape[2]
     both = new.new_empty((*new.shape[:2], columns + new.shape[2], new.shape[3]))
-    torch.index_select(known, 0, rows.to(known.device), out=both[:, :, :columns])  # layers may be spread over devices
+    # Layers may be spread over devices; under autocast the cache keeps the values in its keys' (wider) type.
+    torch.index_select(known.to(new.dtype), 0, rows.to(known.device), out=both[:, :, :columns])
     both[:, :, columns:] = new
     return both

@@ -34,7 +34,7 @@ from persona.types import Conversation
 class Pair:
     """Two replies to one conversation. The loss of a pair is chosen_weight · -log σ(beta·m) + rejected_weight ·
     -log σ(-beta·m) with the margin m of chosen over rejected: 1 and 0 say that `chosen` is better, P and 1 - P that it
-    is with probability P."""
+    is with probability P. The NLL term is about `chosen` whatever the weights."""
 
     messages: Conversation
     chosen: str
@@ -53,30 +53,30 @@ class Encoded:
         self.base, self.limit = base, limit
         self.rows: list[Tokens] = []
         self.dropped: list[dict[str, Any]] = []
-        self._numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        self._numbers: dict[Tokens, int] = {}
 
     def add(self, pairs: Sequence[Pair], split: str) -> Dataset:
         """Columns chosen and rejected (numbers of rows), and their weights. A pair with a reply that does not fit is
         left out whole."""
         columns: dict[str, list] = {"chosen": [], "rejected": [], "chosen_weight": [], "rejected_weight": []}
         for number, pair in enumerate(pairs):
-            prompt = self.base.render(pair.messages)
-            replies = [self.base.render_reply(pair.messages, reply) for reply in (pair.chosen, pair.rejected)]
+            try:
+                prompt = self.base.render(pair.messages)
+                replies = [self.base.render_reply(pair.messages, reply) for reply in (pair.chosen, pair.rejected)]
+            except UserError as error:
+                raise UserError(f"{split} pair {number}: {error}") from error
             tokens = len(prompt) + max(map(len, replies))
             if tokens > self.limit:
                 self.dropped.append({"split": split, "pair": number, "tokens": tokens})
                 continue
             for name, reply in zip(("chosen", "rejected"), replies, strict=True):
-                columns[name].append(self._row(prompt, reply))
+                row = (tuple(prompt), tuple(reply))
+                columns[name].append(self._numbers.setdefault(row, len(self.rows)))
+                if columns[name][-1] == len(self.rows):
+                    self.rows.append(row)
             columns["chosen_weight"].append(float(pair.chosen_weight))
             columns["rejected_weight"].append(float(pair.rejected_weight))
         return Dataset.from_dict(columns)
-
-    def _row(self, prompt: list[int], reply: list[int]) -> int:
-        number = self._numbers.setdefault((tuple(prompt), tuple(reply)), len(self.rows))
-        if number == len(self.rows):
-            self.rows.append((prompt, reply))
-        return number
 
 
 @dataclass
@@ -112,7 +112,8 @@ class _Head(nn.Module):
     def base_model(self, hidden: Tensor, use_cache: bool) -> BaseModelOutput:
         return BaseModelOutput(last_hidden_state=hidden)
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor: ...
+    def forward(self, hidden: Tensor) -> Tensor:  # what TRL wraps; only its fused path is used
+        return self.get_output_embeddings()(hidden)
 
 
 def reply_logps(model: PreTrainedModel) -> Callable[..., Tensor]:

@@ -90,7 +90,10 @@ def train_supervised(
         if not own:
             raise UserError(f"conversation {number} has no assistant turn to learn from")
         turns += own
-        found, long = encode(base, conversation, limit)
+        try:
+            found, long = encode(base, conversation, limit)
+        except UserError as error:
+            raise UserError(f"conversation {number}: {error}") from error
         rows += found
         dropped += [{"conversation": number, **turn} for turn in long]
     if not turns:

@@ -83,8 +83,9 @@ def test_replies_are_what_the_model_would_produce(load_base, name):
     data = encoded.add([Pair(user("the fox"), "good", "no"), Pair(user("the fox"), "no", "good")], "train")
     assert (data["chosen"][:], data["rejected"][:]) == ([0, 1], [1, 0]) and len(encoded.rows) == 2
     for (prompt, reply), text in zip(encoded.rows, ("good", "no"), strict=True):
-        assert prompt == base.render(user("the fox")) and reply == base.render_reply(user("the fox"), text)
-        assert base.tokenizer.decode(reply) == text + "</s>"
+        assert list(prompt) == base.render(user("the fox"))
+        assert list(reply) == base.render_reply(user("the fox"), text)
+        assert base.tokenizer.decode(list(reply)) == text + "</s>"
 
 
 def test_a_pair_that_does_not_fit_is_left_out_whole_and_listed(llama, tmp_path, caplog):
@@ -253,6 +254,28 @@ def test_resumed_is_uninterrupted(whole, llama, tmp_path):
     assert stamps == {file: file.stat().st_mtime_ns for file in (tmp_path / "reference").rglob("*.safetensors")}
 
 
+@pytest.mark.parametrize(
+    "changes", ({"batch_size": 2, "gradient_accumulation": 2}, {"gradient_checkpointing": True}, {"workers": 1}),
+    ids=lambda changes: next(reversed(changes)),
+)  # fmt: skip
+def test_how_a_step_is_computed_changes_nothing(whole, llama, tmp_path, changes):
+    before = state(llama)
+    prefer(llama, tmp_path, max_steps=3, **changes)
+    assert_same(before, state(llama))
+    for key in ("loss", "grad_norm"):
+        expected = [curve(whole[0], key)[step] for step in (1, 2, 3)]
+        assert list(curve(tmp_path, key).values()) == pytest.approx(expected, rel=2e-3), key
+
+
+def test_half_precision(llama, tmp_path):
+    """The policy and its reference are computed in bfloat16; the loss is not."""
+    before = state(llama)
+    prefer(llama, tmp_path, max_steps=1, batch_size=len(PAIRS), precision="bf16", nll_coef=0.0)
+    assert_same(before, state(llama))
+    loss = curve(tmp_path)[1]
+    assert loss == pytest.approx(math.log(2), abs=0.02) and loss != pytest.approx(math.log(2), abs=1e-7)
+
+
 @pytest.mark.multi_process
 def test_two_processes_are_one(whole, llama, tmp_path):
     """gloo, 2 x 2 pairs against 1 x 4 of the same order; both compute a share of the reference."""
@@ -288,6 +311,12 @@ def test_bad_input_is_one_sentence(llama, t5, tmp_path):
         prefer(llama, tmp_path, [Pair(user("the fox"), "no", "good " * 40)], [pair(3)], max_length=20)
     with pytest.raises(UserError, match="is an encoder-decoder LM"):
         prefer(t5, tmp_path)
+    llama.tokenizer.chat_template, template = "{{ raise_exception('no chats today') }}", llama.tokenizer.chat_template
+    try:
+        with pytest.raises(UserError, match="train pair 0: the chat template .* refused .*: no chats today"):
+            prefer(llama, tmp_path)
+    finally:
+        llama.tokenizer.chat_template = template
     with pytest.raises(UserError, match="output head"):
         prefer(llama, tmp_path, lora=LoraSettings(r=2, target_modules=".*(lm_head|q_proj)"))
     assert_same(before, state(llama))

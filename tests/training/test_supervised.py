@@ -127,13 +127,16 @@ def test_what_is_learned_is_what_is_scored(load_base, name):
     assert base.tokenizer.decode(learned) == "how was your day ?</s>i like long walks</s>"
 
 
-def test_a_reply_that_the_tokens_do_not_hold_is_refused_with_both(llama):
+def test_a_reply_that_the_tokens_do_not_hold_is_refused_with_both(llama, tmp_path):
     base = worded(llama, "plain")
     base.tokenizer.chat_template = TEMPLATES["plain"].replace("m.content", "m.content | replace('fine', 'fine fine')")
     encode(base, SHORT)  # more than the content is the template's affair
     base.render_reply = lambda messages, reply: [14, END]
-    with pytest.raises(UserError, match="does not come back out of its tokens: they hold 'fine', the turn is 'hello"):
-        encode(base, SHORT)
+    said = (
+        "conversation 1: an assistant turn does not come back out of its tokens: they hold 'fine', the turn is 'hello"
+    )
+    with pytest.raises(UserError, match=said):
+        supervise(base, tmp_path, [SHORT[3:], SHORT])
 
 
 def test_turns_that_do_not_fit_are_left_out_and_listed(llama, tmp_path, caplog):

@@ -103,6 +103,16 @@ def test_learning_rates_of_groups(tmp_path):
     assert float(moved["slow"]) == pytest.approx(0.001, rel=1e-3)
 
 
+def test_options_of_schedule_and_optimizer(tmp_path):
+    """Half a cosine from 0.01 down to a tenth of it, over 11 steps after the first; AdamW's second beta."""
+    run(tmp_path, scheduler="cosine_with_min_lr", scheduler_options={"min_lr_rate": 0.1}, adam_beta2=0.98)
+    rates = curve(tmp_path, "learning_rate")
+    expected = [0.01 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 11))) for step in range(11)]
+    assert [rates[step] for step in range(2, 13)] == pytest.approx(expected)
+    saved = json.loads((newest(tmp_path / "checkpoints") / "optimizer.json").read_text())
+    assert {tuple(group["betas"]) for group in saved["optimizer"]["param_groups"]} == {(0.9, 0.98)}
+
+
 def test_epochs_end_it(tmp_path):
     run(tmp_path, max_steps=-1, epochs=1.5)
     assert sorted(curve(tmp_path)) == list(range(1, 10))
