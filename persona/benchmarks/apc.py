@@ -69,14 +69,9 @@ _METRICS = {
 }
 _OF_THE_TOWN = {
     "satisfied": Metric(description="statements really satisfied, counted by the town's oracle"),
-    "true_delta": Metric(description="Δ of the oracle's answers"),
     "followed": Metric(
         aggregate="ratio", columns=("true_active", "relevant"),
         description="share of the statements that bear on the question which the reply follows (oracle)",
-    ),
-    "denied": Metric(
-        False, aggregate="ratio", columns=("true_passive", "irrelevant"),
-        description="share of the other statements which the reply denies (oracle)",
     ),
     "readable": Metric(description="share of replies that are sentences of the town's language"),
 }  # fmt: skip
@@ -127,10 +122,8 @@ class APC(Benchmark):
         if self.town:
             true = _truth(question.query, question.statements, reply)
             assert true is not None
-            values |= {"satisfied": true.satisfied, "true_delta": true.active - true.passive}
-            values |= {"true_active": true.active, "relevant": true.relevant}
-            values |= {"true_passive": true.passive, "irrelevant": len(question.statements) - true.relevant}
-            values["readable"] = float(oracle.readable(reply))
+            values |= {"satisfied": true.satisfied, "relevant": true.relevant, "readable": oracle.readable(reply)}
+            values |= {"true_active": true.active, "true_passive": true.passive}
         return Score({key: float(value) for key, value in values.items()}, raw=reply)
 
     async def _score(self, question: Question, roles: Roles, reply: str) -> ApcScore:
@@ -269,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     truth = read_human(options.human) if options.human else means(options.folders, "satisfied")
     agreement = rank_agreement(scores, truth)
     for character, (rho, count) in agreement.items():
-        print(f"{character}: {rho:.4f} over {count} stacks")
+        print(f"{character}: {f'{rho:.4f}' if np.isfinite(rho) else 'undefined, all alike,'} over {count} stacks")
     known = [rho for rho, _ in agreement.values() if np.isfinite(rho)]
     if known:
         print(f"mean of {len(known)} characters: {np.mean(known):.4f}")

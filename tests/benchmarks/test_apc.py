@@ -67,7 +67,7 @@ def test_true_answers_satisfy_everything_and_the_oracle_as_judge_counts_the_same
         assert row.values["relevant"] == len(bearing) and row.values["delta"] == len(told) >= 1
         assert row.values["total"] == row.values["satisfied"] == len(statements) - len(bearing) + len(told)
         assert row.values["delta_per_statement"] == pytest.approx(len(told) / len(statements))
-    assert found["delta"] == found["true_delta"] == found["active"] and found["passive"] == found["denied"] == 0
+    assert found["delta"] == found["active"] and found["passive"] == 0
     assert found["readable"] == 1 and summary.n == 24 and summary.estimates["delta"].n_clusters == 3
     assert {row.groups["asked about"] for row in rows} == {"facts", "tastes", "talk"}
     assert len({row.groups["character"] for row in rows}) == 3
@@ -94,9 +94,9 @@ def test_the_oracles_count_by_hand(reply, active, passive, satisfied, tmp_path):
     asked = People("x", {}, (), (), [Sample("1", (Message("user", "what is your pet ?"),), persona=ADA)])
     benchmark = APC(asked, APCBenchmarkConfig())
     _, (row,) = judge_run(benchmark, lambda request: reply, tmp_path, ScriptedJudge("j", judged_as("no", "neutral")))
-    assert (row.values["relevant"], row.values["irrelevant"]) == (2, 1)
+    assert row.values["relevant"] == 2
     assert [row.values[name] for name in ("true_active", "true_passive", "satisfied")] == [active, passive, satisfied]
-    assert row.values["true_delta"] == active - passive and row.values["readable"] == float(reply != "lorem ipsum")
+    assert row.values["readable"] == float(reply != "lorem ipsum")
     assert row.values["delta"] == 0 and row.values["total"] == 3  # what the judge said
 
 
