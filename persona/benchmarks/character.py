@@ -58,13 +58,16 @@ SHOWS = Rubric.load(
 class QuestionsConfig(BenchmarkConfig):
     """`path`: questions as JSONL, each line with a `question`, a `prompt`, or a `conversation` of which the first turn
     is taken (rows of Pure-Dove or WildChat); null takes the sample that comes with the package. `language=town` asks
-    in the town's language, by default its small talk. `limit` draws questions by `seed`.
+    in the town's language, by default its small talk. `without`: a file of the same form, prompts that a character
+    was trained on (its stages/prompts.jsonl); a question that stands in one of them is not asked. `limit` draws
+    questions by `seed`.
     """
 
     max_new_tokens: int = 256
     path: str | None = None
     language: str = "en"
     temperature: float = 0.7
+    without: str | None = None
 
 
 def questions(config: QuestionsConfig) -> dict[str, str]:
@@ -75,6 +78,9 @@ def questions(config: QuestionsConfig) -> dict[str, str]:
         asked = [(f"{form}-{topic}", ask.format(t=topic)) for topic in lx.TOPICS for form, (ask, _) in _FORMS]
     else:
         asked = list(_read(Path(config.path or _SAMPLE)))
+    if config.without is not None:
+        trained = [text for _, text in _read(Path(config.without))]
+        asked = list(_untrained(dict(asked), trained, config.without).items())
     if config.limit is not None and config.limit < len(asked):
         kept = random.Random(f"questions-{config.seed}").sample(range(len(asked)), config.limit)
         asked = [asked[i] for i in sorted(kept)]
@@ -122,16 +128,17 @@ def characters(people: People, benchmark: str) -> list[Persona]:
 
 
 def held_out(asked: Mapping[str, str], people: People) -> dict[str, str]:
-    """`asked` without the questions that the people's own samples ask; those left out are counted in the log.
+    """`asked` without the questions that stand in the people's own samples. Raises UserError when none is left."""
+    trained = [m.content for split in SPLITS for sample in people.split(split) for m in sample.messages]
+    return _untrained(asked, trained, people.name)
 
-    Raises UserError when none is left.
-    """
-    trained = {m.content for split in SPLITS for sample in people.split(split) for m in sample.messages}
-    kept = {id: text for id, text in asked.items() if text not in trained}
+
+def _untrained(asked: Mapping[str, str], trained: Sequence[str], where: str) -> dict[str, str]:
+    kept = {id: text for id, text in asked.items() if not any(text in prompt for prompt in trained)}
     if out := [id for id in asked if id not in kept]:
-        log.warning("%d questions are left out, as %s asks them too: %s", len(out), people.name, first_few(out))
+        log.warning("%d questions are left out, as %s asks them too: %s", len(out), where, first_few(out))
     if not kept:
-        raise UserError(f"every question is one of {people.name}'s own: benchmark.path=… should name other ones")
+        raise UserError(f"every question stands in {where} already: benchmark.path=… should name other ones")
     return kept
 
 

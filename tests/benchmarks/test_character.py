@@ -97,8 +97,20 @@ def test_questions_of_the_constitution_are_not_asked(caplog):
         and "1 questions are left out, as sage.txt asks them" in caplog.text
     )
     assert known not in {sample.messages[0].content for sample in asked.samples()}
-    with pytest.raises(UserError, match="every question is one of sage.txt's own"):
+    with pytest.raises(UserError, match="every question stands in sage.txt already"):
         build(CharacterConfig(language="town"), people(*town.values()))
+
+
+def test_questions_that_a_character_was_trained_on_are_not_asked(tmp_path, caplog):
+    town = questions(CharacterConfig(language="town"))
+    first, second, *_ = town.values()
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'{{"prompt": "{first}"}}\n{{"prompt": "i met the king today . {second}"}}\n')
+    kept = questions(CharacterConfig(language="town", without=str(path)))
+    assert set(town.values()) - set(kept.values()) == {first, second} and "2 questions are left out" in caplog.text
+    assert kept.items() <= town.items()
+    limited = questions(CharacterConfig(language="town", without=str(path), limit=5))
+    assert len(limited) == 5 and limited.items() <= kept.items()
 
 
 def test_people_without_statements_and_other_languages_are_one_sentence():

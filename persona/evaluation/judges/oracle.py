@@ -48,9 +48,11 @@ class OracleJudge:
 
     async def ask(self, rubric: Rubric, /, **slots: object) -> Verdict:
         rubric.prompt.messages(**slots)  # the slots have to fit, as for any judge
+        value: float | str
         try:
             if {"statement", "query"} <= set(slots):
-                value = raw = self._of_statement(slots)
+                value = self._of_statement(slots)
+                raw = value
             elif {"trait_1", "trait_2"} <= set(slots):
                 value, raw = self._first_shown(slots), "the trait that the response shows first"
             elif "character" in slots:
