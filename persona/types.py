@@ -65,7 +65,8 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked of a model: free text (`options` None) or a choice among `options`.
+    """What is asked of a model: free text (`options` None) or a choice among `options`. `task` names the rules (of
+    `persona.data`) by which personalizers read prompt and history; none where there are no such rules.
 
     `prefill` is how the reply begins: the model goes on from there, and its response holds what it adds.
     """

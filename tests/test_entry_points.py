@@ -301,14 +301,21 @@ def test_an_unknown_stage_is_one_sentence_with_the_nearest(method, sentence, tmp
     (
         ("train.py", "trainer.epochz=1", "error: unknown key trainer.epochz; did you mean trainer.epochs?\n"),
         ("evaluate.py", "benchmark.limt=1", "error: unknown key benchmark.limt; did you mean benchmark.limit?\n"),
+        ("evaluate.py", "benchmark=personagim", "no such benchmark; did you mean personagym? (all, "),
+        (
+            "evaluate.py",
+            "judge=orakle",
+            "error: judge=orakle: there is no such judge; did you mean oracle? (endpoint, ",
+        ),
     ),
 )
-def test_an_unknown_key_is_one_sentence_with_the_nearest(script, given, sentence, monkeypatch, capsys):
+def test_an_unknown_name_is_one_sentence_with_the_nearest(script, given, sentence, monkeypatch, capsys):
     """The script as Python runs it, in this process: its imports have been paid for."""
     monkeypatch.setattr(sys, "argv", [script, given])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    assert ended.value.code == 2 and capsys.readouterr() == ("", sentence)
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and said.out == "" and sentence in said.err and said.err.count("\n") == 1
 
 
 def test_training_downloads_nothing_and_sigterm_saves(tmp_path, offline):
@@ -350,20 +357,23 @@ def test_evaluation_downloads_nothing(tmp_path, offline):
 # ---- every benchmark -----------------------------------------------------------------------------------------------
 
 
-def test_every_benchmark_is_measured_by_one_command(tmp_path):
+def test_every_method_is_measured_on_every_benchmark_by_one_command(places, tmp_path):
     """On the samples that come with the package, with a judge that draws its verdicts; one report over all."""
-    cfg = load_config(
-        "evaluate", ["benchmark=all", "benchmark.limit=2", "benchmark.max_new_tokens=8", "judge=random", "name=all"]
-    )
-    cfg.output = str(tmp_path)
+    stacks = {name: [str(train(train_config(places, "town", name, tmp_path / name)))] for name in METHODS}
+    prompts = {"description": ["description"], "bm25 lora": [{"retrieval": {"ranker": "bm25", "k": 2}}]}
+    prompts["bm25 lora"] += stacks["finetune_lora"]
+    given = ["benchmark.limit=2", "benchmark.max_new_tokens=4", "judge=random", "model=local", "model.device=cpu"]
+    cfg = load_config("evaluate", ["benchmark=all", *given, *places["town"], f"output={tmp_path / 'all'}"])
+    cfg.baselines = {"untouched": [], **stacks, **prompts}
     folder = evaluate(cfg)
-    assert {path.parent.parent.name for path in folder.glob("*/untouched/summary.json")} == set(BENCHMARKS) - set(
-        NOT_IN_ALL
-    )
+    names = set(BENCHMARKS) - set(NOT_IN_ALL)
+    measured = {*cfg.baselines, "constant answer", "random answer"}
+    for name in names:
+        assert {path.parent.name for path in (folder / name).glob("*/summary.json")} == measured
     for path in folder.glob("*/*/samples.jsonl"):
         rows = read_rows(path)
         assert rows and all(row.values or row.reason for row in rows), path
-    assert all(name in (folder / "report.html").read_text() for name in set(BENCHMARKS) - set(NOT_IN_ALL))
+    assert all(name in (folder / "report.html").read_text() for name in names | measured)
 
 
 def test_a_missing_role_is_one_sentence_before_anything_runs(tmp_path):

@@ -363,9 +363,7 @@ class PersoBench(Benchmark):
 
     async def episode(self, sample: Sample, roles: Roles) -> Score:
         limit = self.config.max_new_tokens * (2 if self.config.mode == "cot" else 1)
-        response = await roles.model.respond(
-            Request(sample.messages, sample.persona, Sampling(limit), None, sample.task)
-        )
+        response = await roles.model.respond(Request(sample.messages, sample.persona, Sampling(limit)))
         reply = self.reply(response.text)
         if reply is None:
             values = {name: _WORST.get(name, 0.0) for name in self.metrics}

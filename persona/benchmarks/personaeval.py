@@ -253,7 +253,9 @@ def read_track(path: Path) -> list[Sample]:
             reader = csv.DictReader(stream)
             columns = list(reader.fieldnames or ())
             if missing := [name for name in wanted if name not in columns]:
-                raise UserError(f"{path} has no column {', '.join(missing)}; its columns are {', '.join(columns)}")
+                raise UserError(
+                    f"{path} has no column {', '.join(missing)}; its columns are {', '.join(columns) or '(none)'}"
+                )
             names = [name for name in columns if re.fullmatch(r"option\d+", name)]
             samples = [_sample(row, names, path, number) for number, row in enumerate(reader, start=1)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:

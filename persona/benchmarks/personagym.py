@@ -442,7 +442,7 @@ class PersonaGym(Benchmark):
             seed = draw(config.seed, item.persona, item.task, place, number)
             sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, seed=seed)
             messages = (_system(item.persona), Message("user", question))
-            requests.append(Request(messages, sample.persona, sampling, task=item.task))
+            requests.append(Request(messages, sample.persona, sampling))
         return [reply.text for reply in await asyncio.gather(*map(roles.model.respond, requests))]
 
     async def _examples(self, item: _Item, questions: Sequence[str], roles: Roles) -> str:

@@ -309,7 +309,7 @@ class RMTBench(Benchmark):
         for turn in turns:
             said.append(turn)
             sampling = Sampling(self.config.max_new_tokens, seed=self.config.seed)
-            reply = await roles.model.respond(Request(tuple(said), sample.persona, sampling, task=sample.task))
+            reply = await roles.model.respond(Request(tuple(said), sample.persona, sampling))
             said.append(Message("assistant", reply.text))
         questions = [_Asked(*question) for question in self._questions(sample)]
         answers = await asyncio.gather(*(self._ask(sample, question, said, roles) for question in questions))
