@@ -126,6 +126,32 @@ def test_every_experiment_starts(places, tmp_path, name, capsys):
         assert all(word in printed for word in ("frozen", "total", "steps", "GiB")) and not list(tmp_path.iterdir())
 
 
+def test_steering_is_trained_and_measured_beside_the_constitution_as_system_prompt(tmp_path, load_base, model_folder):
+    """On a constitution that comes with the package; two layers, for one would have no middle."""
+    data = ["data=constitution", "data.path=patience", "model=local", f"model.path={model_folder('llama')}"]
+    trained = train(load_config("train", [*data, "method=steering", f"output={tmp_path}", "method.coefficient=5"]))
+    cfg = load_config(
+        "evaluate", [*data, "benchmark=character", "judge=random", "trivial=false", f"output={tmp_path}"]
+    )
+    cfg.benchmark.limit, cfg.benchmark.max_new_tokens = 2, 4
+    cfg.personalizers, cfg.baselines = [str(trained)], {"untouched": [], "system prompt": ["constitution"]}
+    folder = evaluate(cfg)
+    rows = {path.parent.name: read_rows(path) for path in folder.glob("*/samples.jsonl")}
+    assert set(rows) == {"steering", "untouched", "system prompt"}
+    assert [row.raw for row in rows["steering"]] != [row.raw for row in rows["untouched"]]
+
+
+def test_role_play_in_the_town_is_measured_by_the_oracle(tmp_path):
+    given = ["baselines=town_role_play", "benchmark=apc", "judge=oracle", "data.test=2", "data.train=1", "name=x"]
+    cfg = load_config("evaluate", [*given, "benchmark.max_new_tokens=40", "benchmark.limit=12"])
+    cfg.output = str(tmp_path)
+    del cfg.baselines["rag dense"]  # the time of loading an encoder
+    folder = evaluate(cfg)
+    found = {path.parent.name: read_summary(path.parent).estimates for path in folder.glob("*/summary.json")}
+    followed = {name: estimates["followed"].value for name, estimates in found.items()}
+    assert followed["long context"] > followed["rag"] > followed["direct"] >= followed["constant answer"] == 0
+
+
 # ---- resume --------------------------------------------------------------------------------------------------------
 
 
