@@ -86,6 +86,8 @@ def row_value(row: Row, name: str, metric: Metric) -> float | None:
         return abs(numbers[0] - numbers[1])
     if metric.aggregate == "ratio":
         return numbers[0] / numbers[1] if numbers[1] else None
+    if metric.aggregate == "group_mean":
+        return numbers[0]  # the other column is the group
     return numbers[0] if len(numbers) == 1 else None
 
 

@@ -97,6 +97,7 @@ def test_outcomes_of_right_and_wrong_and_of_grades():
         (Metric(aggregate="ratio", columns=("t", "p")), {"t": 1.0, "p": 0.0}, None),
         (Metric(aggregate="macro_f1", columns=("t", "p"), classes=3), {"t": 2.0, "p": 2.0}, 1.0),
         (Metric(aggregate="macro_f1", columns=("t", "p"), classes=3), {"t": 2.0, "p": -1.0}, 0.0),
+        (Metric(aggregate="group_mean", columns=("t", "p"), classes=3), {"t": 4.0, "p": 2.0}, 4.0),
         (Metric(), {"other": 1.0}, None),
     ],
 )
