@@ -75,7 +75,8 @@ def questions(config: QuestionsConfig) -> dict[str, str]:
     if config.language not in LANGUAGES:
         raise UserError(f"benchmark.language={config.language} is unknown; it should be one of {', '.join(LANGUAGES)}")
     if config.path is None and config.language == "town":
-        asked = [(f"{form}-{topic}", ask.format(t=topic)) for topic in lx.TOPICS for form, (ask, _) in _FORMS]
+        forms = list(enumerate(lx.SMALL_TALK))
+        asked = [(f"{form}-{topic}", ask.format(t=topic)) for topic in lx.TOPICS for form, (ask, _) in forms]
     else:
         asked = list(_read(Path(config.path or _SAMPLE)))
     if config.without is not None:
@@ -85,9 +86,6 @@ def questions(config: QuestionsConfig) -> dict[str, str]:
         kept = random.Random(f"questions-{config.seed}").sample(range(len(asked)), config.limit)
         asked = [asked[i] for i in sorted(kept)]
     return dict(asked)
-
-
-_FORMS = tuple(enumerate(lx.SMALL_TALK))
 
 
 def _read(path: Path) -> Iterator[tuple[str, str]]:
