@@ -177,7 +177,7 @@ def _metric_part(
 
 
 def metric_cells(name: str, metric: Metric, runs: Sequence[Run], comparisons: Comparisons) -> list[Cell]:
-    """A cell per run. The best value is marked among stacks that are no trivial answers, if there are several."""
+    """A cell per run. The best value is marked among stacks that are no trivial answers, if there are others."""
     rivals = [run.summary.estimates.get(name) for run in runs if not is_trivial(run.summary.stack)]
     finite = [entry.value for entry in rivals if entry is not None and math.isfinite(entry.value)]
     best = (max if metric.higher_is_better else min)(finite, default=None)
@@ -185,7 +185,7 @@ def metric_cells(name: str, metric: Metric, runs: Sequence[Run], comparisons: Co
     for run in runs:
         summary = run.summary
         entry = summary.estimates.get(name)
-        rival = entry is not None and not is_trivial(summary.stack) and len(finite) > 1
+        rival = entry is not None and not is_trivial(summary.stack) and len(set(finite)) > 1
         comparison = comparisons.get((summary.benchmark, name, summary.stack))
         marked = rival and entry is not None and entry.value == best
         cells.append(Cell(entry, comparison, marked, summary.n, summary.n_unscored))

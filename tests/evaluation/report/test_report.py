@@ -272,7 +272,7 @@ def test_the_overview_has_each_benchmark_s_primary_metric(tree, wide):
 
 
 def test_trivial_answers_are_marked_and_never_best(tmp_path):
-    stacks = {"a": -0.5, "b": -0.3} | {name: STACKS[name] for name in ("constant answer", "random answer")}
+    stacks = {"a": -0.5, "b": -0.05} | {name: STACKS[name] for name in ("constant answer", "random answer")}
     places = toy_tree(tmp_path, 28, stacks, BENCHMARKS[:1])
     best = max(load_run(place).summary.estimates["accuracy"].value for place in places[:2])
     assert load_run(places[2]).summary.estimates["accuracy"].value > best  # it would win
@@ -280,6 +280,11 @@ def test_trivial_answers_are_marked_and_never_best(tmp_path):
     marked = set(re.findall(r'class="best">([^<]+)<', section(text, "overview")))
     assert marked == {shown(best)}
     assert section(text, "overview").count("reads nothing</span>") == 2 and "2 stacks on 1 benchmark" in text
+
+
+def test_nobody_is_best_where_all_are_equal(tmp_path):
+    places = toy_tree(tmp_path, 14, {"a": 0.5, "b": 0.5}, BENCHMARKS[:1])
+    assert 'class="best"' not in write_report(places, tmp_path / "report.html").read_text()
 
 
 def test_any_stack_can_be_the_baseline_and_holm_is_over_the_page(tree, tmp_path):
