@@ -51,7 +51,7 @@ def train(cfg: TrainConfig) -> Path | None:
         helped = {"teacher": players.play(cfg.teacher, "teacher"), "judges": players.judges(cfg.judge)}
         helped["stage"] = cfg.stage
     folder = method.train(cfg.method, under, people, cfg.trainer, out, **helped)
-    logger.warning("personalizer written to %s", folder)
+    logger.warning("%s written to %s", "personalizer" if cfg.stage is None else f"stage {cfg.stage}", folder)
     return folder
 
 

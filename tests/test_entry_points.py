@@ -114,7 +114,12 @@ def test_every_method_trains_and_is_measured_on_lamp(places, tmp_path, method):
 def test_every_experiment_starts(places, tmp_path, name, capsys):
     """The small ones for two steps on the scratch LM, and measured; those of the papers as a plan: no weight loads."""
     cfg = load_config("train", [f"experiment={name}"])
-    if cfg.model.path == "town":
+    if cfg.data.name == "town_characters":  # a scratch LM says nothing that could be labelled: its first stages
+        few = ["data.train=2", "data.test=1", f"output={tmp_path}", "trainer.cpu=true", "model.device=cpu"]
+        for stage in ("statements", "labels"):
+            folder = train(load_config("train", [f"experiment={name}", *few, f"stage={stage}"]))
+            assert (folder / "records" / f"{stage}.json").is_file()
+    elif cfg.model.path == "town":
         plug = places["plug"] if cfg.method.name == "persona_plug" else []
         more = ["debug=tiny", f"output={tmp_path}", "model.device=cpu", "trainer.cpu=true", *plug]
         personalizer = train(load_config("train", [f"experiment={name}", *places["town"], *more]))

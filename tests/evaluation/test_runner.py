@@ -16,6 +16,7 @@ from persona.evaluation.endpoints.endpoint import Endpoint, EndpointConfig
 from persona.evaluation.episodes import Benchmark, run_benchmark
 from persona.evaluation.judges.judging import Rubric
 from persona.evaluation.judges.parsing import parse_integer
+from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import read_rows, read_summary
 from persona.evaluation.roles import Cast
 from persona.evaluation.statistics import Metric
@@ -27,9 +28,9 @@ class Graded(Benchmark):
 
     name, version, metrics = "graded", "1", {"grade": Metric()}
 
-    def __init__(self, folder, n=40):
-        (folder / "rubric.md").write_text("Grade this from 1 to 5: {{answer}}")
-        self.rubric = Rubric.load(folder / "rubric.md", lambda reply: parse_integer(reply, 1, 5), (1.0, 5.0), 8)
+    def __init__(self, n=40):
+        prompt = Prompt("rubric", "Grade this from 1 to 5: {{answer}}")
+        self.rubric = Rubric(prompt, lambda reply: parse_integer(reply, 1, 5), (1.0, 5.0), 8)
         self.n = n
 
     def samples(self):
@@ -49,7 +50,7 @@ def endpoint(server, **more):
 
 
 def run(tmp_path, folder, cast, n=40, **more):
-    benchmark = Graded(tmp_path, n)
+    benchmark = Graded(n)
     return run_benchmark(benchmark, cast, tmp_path / folder, stack="toy", settings={}, progress=False, **more)
 
 
