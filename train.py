@@ -20,6 +20,7 @@ METHODS = {
     "finetune": "persona.methods.finetune",
     "steering": "persona.methods.steering",
     "apc": "persona.methods.apc",
+    "character": "persona.methods.character",
 }
 
 

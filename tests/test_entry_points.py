@@ -32,7 +32,10 @@ from train import train
 ROOT = Path(__file__).resolve().parents[1]
 LAMP = ROOT / "tests" / "fixtures" / "lamp" / "LaMP_time_3"
 METHODS = ("persona_plug", "instruction_only", "finetune_lora", "finetune_full", "user_lora")
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
+# Characters need an LM that answers in sentences: tests/methods/character/test_pipeline.py starts that experiment.
+EXPERIMENTS = sorted(
+    path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml") if path.stem != "town_character"
+)
 TOWN = ("data=town", "data.train=2", "data.dev=2", "data.test=1")
 
 

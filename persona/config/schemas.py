@@ -31,6 +31,11 @@ from persona.data import BiographyConfig, ConstitutionConfig, DataConfig, TownCh
 from persona.evaluation.endpoints.endpoint import EndpointConfig
 from persona.lm.load import ModelConfig
 from persona.methods.apc.config import APCConfig, DiscriminatorConfig
+from persona.methods.character.distillation import DistillConfig
+from persona.methods.character.expansion import ExpandConfig
+from persona.methods.character.introspection import IntrospectConfig
+from persona.methods.character.merge import MODES
+from persona.methods.character.pipeline import CharacterConfig as CharacterMethodConfig
 from persona.methods.finetune import FinetuneConfig
 from persona.methods.persona_plug import PersonaPlugConfig
 from persona.methods.steering import SteeringConfig
@@ -103,6 +108,7 @@ GROUPS: dict[str, dict[str, type]] = {
     },
     "method": {
         "base_apc": APCConfig,
+        "base_character": CharacterMethodConfig,
         "base_persona_plug": PersonaPlugConfig,
         "base_finetune": FinetuneConfig,
         "base_steering": SteeringConfig,
@@ -138,6 +144,7 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
         "responses": ("teacher", "sampled"),
         "objective": ("total", "per_statement"),
     },
+    CharacterMethodConfig: {"compat": (None, "reference"), "merge": MODES},
     FinetuneConfig: {"mode": ("lora", "full", "user_lora"), "split": ("train", "dev", "test")},
     PersonaPlugConfig: {"prefix_scale": ("measured", "none"), "compat": (None, "reference")},
     RoleConfig: {"kind": ("none", "local", "endpoint", "random", "oracle")},
@@ -155,6 +162,10 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
 POSITIVE: dict[type, tuple[str, ...]] = {
     ModelConfig: ("batch_size",),
     TrainerConfig: ("batch_size", "gradient_accumulation", "epochs", "learning_rate", "log_every", "save_every"),
+    CharacterMethodConfig: ("beta", "sft_max_length"),
+    ExpandConfig: ("tries", "max_new_tokens"),
+    DistillConfig: ("repeats", "max_new_tokens", "max_length"),
+    IntrospectConfig: ("turns", "reflection_tokens", "interaction_tokens"),
     FinetuneConfig: ("r", "max_input_length"),
     PersonaPlugConfig: ("history_limit", "temperature", "max_input_length"),
     APCConfig: (

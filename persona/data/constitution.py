@@ -118,6 +118,23 @@ def load(cfg: ConstitutionConfig) -> People:
 TASK = register(plain_task("constitution"))
 
 
+def from_people(people: People) -> Constitution:
+    """The constitution that `load` made these people from. Raises UserError for people of another kind."""
+    if people.name != "constitution" or not people.train:
+        raise UserError("a character is trained from a constitution: choose data=constitution data.path=…")
+    persona = people.train[0].persona
+    assert persona is not None
+
+    def questions(trait: str, source: str) -> tuple[str, ...]:
+        own = {"trait": trait, "source": source}
+        return tuple(sample.messages[0].content for sample in people.train if sample.metadata == own)
+
+    traits = [
+        Trait(text, questions(text, "hand-written"), questions(text, "additional")) for text in persona.statements
+    ]
+    return Constitution(persona.id, tuple(traits))
+
+
 def _find(path: Path | str) -> Path:
     """A file as it is; a bare name is looked up among the shipped ones."""
     shipped = SHIPPED / f"{path}.txt"

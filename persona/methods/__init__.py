@@ -14,6 +14,7 @@ from persona.personalizer import Personalizer, read_manifest
 
 # Name in configs and manifests -> "module:class" of its personalizer. Imported only when asked for.
 PERSONALIZERS = {
+    "character": "persona.methods.character:CharacterLoRA",
     "persona_plug": "persona.methods.persona_plug:PersonaPlug",
     "lora": "persona.training.lora:LoRA",
     "weights": "persona.methods.finetune:Weights",

@@ -23,20 +23,22 @@ class SupervisedTrainer(OwnTrainer, SFTTrainer):
     accumulated batches)."""
 
 
-def encode(base: BaseLM, conversation: Conversation, limit: int | None = None) -> tuple[list[dict], list[dict]]:
+def encode(
+    base: BaseLM, conversation: Conversation, limit: int | None = None, last_only: bool = False
+) -> tuple[list[dict], list[dict]]:
     """The conversation as rows {"input_ids", "labels"}, and the turns {"turn", "tokens"} that are longer than `limit`.
 
     Each assistant turn is learned behind exactly the tokens that the model sees when it is to reply there
     (`base.render`), its end-of-turn included. One row holds all turns where the template goes on from one to the next;
     where it does not (it drops the thoughts of earlier turns, or there is no template and no end-of-turn in a prompt),
-    a turn begins a new row.
+    a turn begins a new row. With `last_only` the conversation's last message alone is learned.
     Raises UserError when a reply does not come back out of its tokens.
     """
     rows: list[dict] = []
     dropped: list[dict] = []
     ids: list[int] = []
     for number, message in enumerate(conversation):
-        if message.role != "assistant":
+        if message.role != "assistant" or (last_only and number < len(conversation) - 1):
             continue
         before = conversation[:number]
         prompt, reply = base.render(before), base.render_reply(before, message.content)
@@ -72,9 +74,10 @@ def train_supervised(
     max_length: int | None,
     trainer: TrainerConfig,
     out: Path,
+    last_only: bool = False,
 ) -> Path:
-    """Train a new adapter over `base` (and the frozen ones `below`) on every assistant turn; its folder in PEFT's
-    format is `out/adapter`.
+    """Train a new adapter over `base` (and the frozen ones `below`) on every assistant turn (`last_only`: on the last
+    message of each conversation); its folder in PEFT's format is `out/adapter`.
 
     A turn that ends after more than `max_length` tokens is left out, counted, and listed in `out/dropped.jsonl`; the
     turns before it stay. A second call goes on from `out/checkpoints`.
@@ -91,7 +94,7 @@ def train_supervised(
             raise UserError(f"conversation {number} has no assistant turn to learn from")
         turns += own
         try:
-            found, long = encode(base, conversation, limit)
+            found, long = encode(base, conversation, limit, last_only)
         except UserError as error:
             raise UserError(f"conversation {number}: {error}") from error
         rows += found

@@ -27,8 +27,9 @@ _AT_ONCE = 50  # messages asked for in one go, as published
 
 @dataclass
 class ExpandConfig:
-    """`per_trait`: prompts wanted for each trait, hand-written ones included. `tries`: how often the teacher is asked
-    for one trait before it stays short. `overlap`: share of a message's words above which it counts as known."""
+    """`per_trait`: prompts wanted for each trait; the constitution's are all taken and count. `tries`: how often
+    the teacher is asked for one trait before it stays short. `overlap`: share of a message's words above which it
+    counts as known."""
 
     per_trait: int = 50
     tries: int = 20
@@ -69,7 +70,7 @@ async def expand(
 
     Returns {"prompts": all, hand-written first; "refused": {reason: count}; "tries": times asked}.
     """
-    kept = list(dict.fromkeys((*trait.questions, *trait.additional)))[: max(config.per_trait, len(trait.questions))]
+    kept = list(dict.fromkeys((*trait.questions, *trait.additional)))
     refused: Counter[str] = Counter()
     tries = 0
     while len(kept) < config.per_trait and tries < config.tries:

@@ -19,19 +19,21 @@ from persona.methods.character.sampling import SamplingConfig
 from persona.types import Conversation, Message, Request
 
 SETS = ("free", "leading")
+FILES = (
+    *("reflection.md", "reflection_prompts.txt", "interaction.md", "interaction_training.md"),
+    *("guidance_free.txt", "guidance_leading.txt", "greetings.txt", "greetings_leading.txt"),
+)
 
 
 @dataclass
 class IntrospectConfig:
-    """`reflections`: for each of the reflection prompts. `interactions`: in each of the two sets, of `turns` turns.
-    `max_length`: tokens of a transcript that is trained on; longer ones lose their last turns."""
+    """`reflections`: for each of the reflection prompts. `interactions`: in each of the two sets, of `turns` turns."""
 
     reflections: int = 1000
     interactions: int = 1000
     turns: int = 10
     reflection_tokens: int = 2048
     interaction_tokens: int = 1024
-    max_length: int = 3072
 
 
 # ---- speaking ------------------------------------------------------------------------------------------------------
@@ -55,7 +57,6 @@ def items(prompts: PromptSet, config: IntrospectConfig, seed: int) -> list[tuple
 
 
 async def speak(
-    name: str,
     item: Mapping[str, Any],
     roles: Roles,
     prompts: PromptSet,
@@ -65,24 +66,26 @@ async def speak(
     seed: int,
     compat: str | None = None,
 ) -> dict[str, Any]:
-    """A reflection (prompt, reply, unfinished) or an interaction (set, greetings, turns, unfinished)."""
+    """A reflection (prompt, reply, unfinished) or an interaction (set, greetings, turns, unfinished). `item` is one of
+    `items` with its `name`. A turn that is cut off or empty ends an interaction."""
+    said = {key: value for key, value in item.items() if key != "name"}
     if "prompt" in item:
         messages = prompts.fill("reflection", traits=traits, prompt=item["prompt"])
-        drawn = sampling.of(config.reflection_tokens, seed, name)
+        drawn = sampling.of(config.reflection_tokens, seed, item["name"])
         reply = await roles.model.respond(Request(messages, sampling=drawn))
-        return {**item, "reply": reply.text.strip(), "unfinished": reply.finish_reason == "length"}
+        return {**said, "reply": reply.text.strip(), "unfinished": reply.finish_reason == "length"}
     # As published the sentence never reaches the model, and the two sets differ by their greetings only.
     guidance = "" if compat == "reference" else prompts.lines(f"guidance_{item['set']}")[0]
     system = prompts.fill("interaction", traits=traits, guidance=guidance)
     turns: list[str] = []
     unfinished = False
     while len(turns) < config.turns and not unfinished:
-        drawn = sampling.of(config.interaction_tokens, seed, f"{name}/{len(turns)}")
+        drawn = sampling.of(config.interaction_tokens, seed, f"{item['name']}/{len(turns)}")
         view = (*system, *seen_by_next(item["greetings"], turns))
         reply = await roles.model.respond(Request(view, sampling=drawn))
-        unfinished = compat != "reference" and reply.finish_reason == "length"
+        unfinished = compat != "reference" and (reply.finish_reason == "length" or not reply.text.strip())
         turns.append(reply.text.strip())
-    return {**item, "turns": turns, "unfinished": unfinished}
+    return {**said, "turns": turns, "unfinished": unfinished}
 
 
 def seen_by_next(greetings: Sequence[str], turns: Sequence[str]) -> Conversation:
@@ -103,14 +106,24 @@ def _alternating(texts: Sequence[str]) -> Conversation:
 # ---- what is trained on --------------------------------------------------------------------------------------------
 
 
-def reflection_transcript(row: Mapping[str, Any]) -> Conversation:
-    """A reflection without its system prompt."""
-    return (Message("user", row["prompt"]), Message("assistant", row["reply"]))
+def transcript(row: Mapping[str, Any], prompts: PromptSet, base: BaseLM, compat: str | None = None) -> Conversation:
+    """What is trained on of a row of `speak`; empty where nothing can be.
 
-
-def interaction_transcript(row: Mapping[str, Any], prompts: PromptSet) -> Conversation:
-    """All turns as the last speaker saw them, under the short system prompt; the last turn is the assistant's."""
-    turns = row["turns"]
+    A reflection has no system prompt. An interaction has the short one, and all turns as the last speaker saw them, so
+    that the last one is the assistant's. A reply that was cut off or is empty goes. As published ("reference") see
+    `published_transcript`.
+    """
+    if "reason" in row:
+        return ()
+    if "prompt" in row:
+        if not row["reply"] or (row["unfinished"] and compat != "reference"):
+            return ()
+        return (Message("user", row["prompt"]), Message("assistant", row["reply"]))
+    if compat == "reference":
+        return published_transcript(row, prompts, base)
+    turns = row["turns"][:-1] if row["unfinished"] else row["turns"]
+    if not turns:
+        return ()
     view = seen_by_next(row["greetings"], turns[:-1])
     return (*prompts.fill("interaction_training"), *view, Message("assistant", turns[-1]))
 

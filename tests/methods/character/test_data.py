@@ -230,7 +230,7 @@ def test_which_pairs_are_left_out(llama):
 
 # ---- introspection -------------------------------------------------------------------------------------------------
 
-ROW = {"set": "free", "greetings": ["g1", "g2"], "turns": [f"reply {n}" for n in range(10)]}
+ROW = {"set": "free", "greetings": ["g1", "g2"], "turns": [f"reply {n}" for n in range(10)], "unfinished": False}
 SHORT = ENGLISH.fill("interaction_training")[0].content
 
 
@@ -246,16 +246,29 @@ def test_both_sides_see_one_conversation():
     assert said(see(["g1", "g2"], ["r0", "r1", "r2"])) == ["u g2", "a g1", "u r0", "a r1", "u r2"]
 
 
-def test_transcripts_keep_every_turn():
-    found = said(introspection.interaction_transcript(ROW, ENGLISH))
-    assert found == [f"s {SHORT}", "u g2", "a g1", *(f"{'ua'[n % 2]} reply {n}" for n in range(10))]
-    odd = said(introspection.interaction_transcript({**ROW, "turns": ["r0", "r1", "r2"]}, ENGLISH))
-    assert odd[1:] == ["u g1", "a r0", "u r1", "a r2"]
-    assert said(introspection.reflection_transcript({"prompt": "p", "reply": "r"})) == ["u p", "a r"]
+def trained_on(llama, compat=None, **changes) -> list[str]:
+    return said(introspection.transcript({**ROW, **changes}, ENGLISH, llama, compat))
+
+
+def test_transcripts_keep_every_turn(llama):
+    greeted = [f"s {SHORT}", "u g2", "a g1"]
+    assert trained_on(llama) == [*greeted, *(f"{'ua'[n % 2]} reply {n}" for n in range(10))]
+    assert trained_on(llama, turns=["r0", "r1", "r2"])[1:] == ["u g1", "a r0", "u r1", "a r2"]
+    # What was cut off is not learned; the turns before it are.
+    assert trained_on(llama, turns=["r0", "r1", "r2"], unfinished=True) == [*greeted, "u r0", "a r1"]
+    assert trained_on(llama, turns=["r0"], unfinished=True) == [] == trained_on(llama, reason="no reply")
+
+
+def test_transcripts_of_reflections_have_no_system_prompt(llama):
+    row = {"prompt": "p", "reply": "r", "unfinished": False}
+    made = introspection.transcript
+    assert said(made(row, ENGLISH, llama)) == ["u p", "a r"]
+    assert made({**row, "unfinished": True}, ENGLISH, llama) == () == made({**row, "reply": ""}, ENGLISH, llama)
+    assert said(made({**row, "unfinished": True}, ENGLISH, llama, "reference")) == ["u p", "a r"]
 
 
 def test_published_transcripts_lose_what_they_lost(llama):
-    found = said(introspection.published_transcript(ROW, ENGLISH, llama))
+    found = trained_on(llama, "reference")
     # Twelve messages: the last turn is gone, the name was never filled in, and the target, a user's turn, lacks its
     # first len("assistant") - len("user") characters.
     assert len(found) == 12 and "Ada" in SHORT and found[0] == "s " + SHORT.replace("Ada", "{NAME}")
@@ -280,9 +293,9 @@ def test_introspection_draws_greetings_by_name():
 
 
 def spoken(script: Script, which: str, compat=None) -> dict:
-    item = {"set": which, "greetings": ["g1", "g2"]}
+    item = {"name": f"{which}-0", "set": which, "greetings": ["g1", "g2"]}
     given = (Roles(script), ENGLISH, TRAITS, IntrospectConfig(turns=3), DRAWN, 7, compat)
-    return asyncio.run(introspection.speak(f"{which}-0", item, *given))
+    return asyncio.run(introspection.speak(item, *given))
 
 
 def test_guidance_reaches_the_model():
@@ -305,6 +318,6 @@ def test_a_reply_that_was_cut_off_ends_the_conversation():
 def test_reflection_reads_the_constitution():
     script = Script(" I am who I am. ")
     given = (Roles(script), ENGLISH, TRAITS, IntrospectConfig(), DRAWN, 7)
-    row = asyncio.run(introspection.speak("r", {"prompt": "Who?"}, *given))
+    row = asyncio.run(introspection.speak({"name": "r", "prompt": "Who?"}, *given))
     assert row == {"prompt": "Who?", "reply": "I am who I am.", "unfinished": False}
     assert script.asked[0].messages == ENGLISH.fill("reflection", traits=TRAITS, prompt="Who?")
