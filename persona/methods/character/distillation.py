@@ -6,7 +6,6 @@ nor the teacher's thoughts are kept: what is learned is to be that character whe
 
 from __future__ import annotations
 
-import asyncio
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,12 +47,15 @@ async def distill(
     """
     messages = prompts.fill("teacher", traits=traits, prompt=prompt)
     opening = prompts.fill("thinking", traits=traits)[0].content + "\n" if config.thinking else ""
-    asked = (
-        Request(messages, sampling=sampling.of(config.max_new_tokens, seed, f"teacher/{name}"), prefill=opening),
-        Request((Message("user", prompt),), sampling=sampling.of(config.max_new_tokens, seed, f"student/{name}")),
-    )
     assert roles.reference is not None
-    taught, own = await asyncio.gather(roles.reference.respond(asked[0]), roles.model.respond(asked[1]))
+    plain = (Message("user", prompt),)
+    own = await roles.model.respond(
+        Request(plain, sampling=sampling.of(config.max_new_tokens, seed, f"student/{name}"))
+    )
+    # Last, so that an answer of the teacher, which may be paid for, is a whole row at once.
+    taught = await roles.reference.respond(
+        Request(messages, sampling=sampling.of(config.max_new_tokens, seed, f"teacher/{name}"), prefill=opening)
+    )
     answers = {"chosen": _spoken(taught, bool(opening)), "rejected": _spoken(own, False)}
     cut = [side for side, reply in (("chosen", taught), ("rejected", own)) if reply.finish_reason == "length"]
     return {"prompt": prompt, **answers, "unfinished": cut}

@@ -150,7 +150,7 @@ def test_a_teacher_that_dies_half_way_is_asked_for_the_rest(tmp_path, caplog):
             run(tmp_path, *more, teacher=endpoint(server))
         failed = len(server.seen)
         server.plan = lambda seen: Answer(text="well .")
-        run(tmp_path, *more, teacher=endpoint(server))
+        run(tmp_path, *more, teacher=endpoint(server), stage="distill")
         again = len(server.seen) - failed
     answers = rows(tmp_path / "stages" / "answers.jsonl")
     assert len(answers) == 30 and again == 24 and {row["chosen"] for row in answers} == {"well ."}
