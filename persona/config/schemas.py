@@ -143,6 +143,7 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
         "queries": ("teacher", "data"),
         "responses": ("teacher", "sampled"),
         "objective": ("total", "per_statement"),
+        "reward": ("discriminators", "judge"),
     },
     CharacterMethodConfig: {"compat": (None, "reference"), "merge": MODES},
     FinetuneConfig: {"mode": ("lora", "full", "user_lora"), "split": ("train", "dev", "test")},

@@ -121,6 +121,37 @@ def relevance_order(labels: Sequence[str], name: str) -> list[str]:
     return meanings
 
 
+def chat_template(tokenizer: Any, template: str) -> str:
+    """`template` in the turns of the tokenizer's chat: the statement as system prompt, the query, the reply.
+
+    A chat LM has learned to read replies in the light of what stands before them there. The template as it is, where
+    the tokenizer has no chat, or one without system prompts.
+    """
+    slots = ("character", "statement", "query", "reply")
+    turns = [("system", ("character", "statement")), ("user", ("query",)), ("assistant", ("reply",))]
+    if tokenizer.chat_template is None:
+        return template
+    messages = [
+        {"role": role, "content": "\n".join(f"<<{slot}>>" for slot in some)}
+        for role, some in turns
+        if f"{{{some[0]}}}" in template
+    ]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # templates raise what they like for a role they do not know
+        return template
+    text = text.replace("{", "{{").replace("}", "}}")
+    for slot in slots:
+        text = text.replace(f"<<{slot}>>", f"{{{slot}}}")
+    return text
+
+
+def adds_special(tokenizer: Any, template: str) -> bool:
+    """Whether the tokenizer has to add its special tokens: a chat's turns bring their own."""
+    own = (tokenizer.bos_token, tokenizer.cls_token, *tokenizer.all_special_tokens)
+    return not template.startswith(tuple(token for token in own if token))
+
+
 class Classifier:
     """A sequence classifier over filled templates. `classes` is what its logits mean, in their order.
 
@@ -135,8 +166,9 @@ class Classifier:
         config = self.model.config
         self.classes = order([str(config.id2label[i]) for i in range(config.num_labels)], name)
         own = Path(name) / TEMPLATE
-        self.template = own.read_text(encoding="utf-8").rstrip("\n") if own.is_file() else template
+        self.template = own.read_text(encoding="utf-8").removesuffix("\n") if own.is_file() else template
         self.tokens, self.max_length = tokens, longest_input(self.tokenizer, config)
+        self.special = adds_special(self.tokenizer, self.template)
         # On the left a decoder's positions would move with its neighbours' lengths.
         self.tokenizer.padding_side = "right"
         self.cut = 0  # texts so far that lost their end
@@ -147,11 +179,12 @@ class Classifier:
 
         texts = [self.template.format(**item) for item in items]
         different = list(dict.fromkeys(texts))
-        ids = self.tokenizer(different)["input_ids"] if different else []
+        ids = self.tokenizer(different, add_special_tokens=self.special)["input_ids"] if different else []
         self.cut += sum(len(row) > self.max_length for row in ids)
         if any(len(row) > self.max_length for row in ids):
             log.warning("%d texts so far are longer than %d tokens and lost their end", self.cut, self.max_length)
-            ids = self.tokenizer(different, truncation=True, max_length=self.max_length)["input_ids"]
+            cut = {"truncation": True, "max_length": self.max_length}
+            ids = self.tokenizer(different, add_special_tokens=self.special, **cut)["input_ids"]
         rows = np.empty((len(different), len(self.classes)))
         with torch.inference_mode():
             for batch in _batches([len(row) for row in ids], self.tokens):

@@ -282,6 +282,15 @@ def test_experience_is_uploaded_without_statements_and_dpo_goes_on_top(trained, 
     assert load_personalizer(both, base).trained_on_top_of == ("apc",)
 
 
+def test_the_judge_itself_may_score(base, tmp_path):
+    config = replace(TINY, reward="judge")
+    train(config, under(base, RAG), people(questions=8), TRAINER, tmp_path, judges=[OracleJudge()])
+    stages = tmp_path / "stages"
+    assert {path.name for path in stages.iterdir()} == {"statements", "pairs", "dpo", "records", "work"}
+    rows = [json.loads(line) for line in (stages / "pairs" / "pairs.jsonl").read_text().splitlines()]
+    assert rows and all(score == int(score) for row in rows for score in row["scores"])  # statements are counted
+
+
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
 
 

@@ -151,6 +151,23 @@ def test_a_text_that_is_too_long_is_counted(folders, caplog):
     assert classifier.cut == 1 and "1 texts so far are longer than 128 tokens" in caplog.text
 
 
+def test_a_chat_lm_reads_replies_in_its_own_turns(llama):
+    template = apc.chat_template(llama.tokenizer, apc.NLI_TEMPLATE)
+    slots = {"character": "ann", "statement": "ann keeps {bees}.", "query": "pets?", "reply": "bees!"}
+    messages = [
+        {"role": "system", "content": "ann\nann keeps {bees}."},
+        {"role": "user", "content": "pets?"},
+        {"role": "assistant", "content": "bees!"},
+    ]
+    text = llama.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert template.format(**slots) == text
+    # One beginning of text, whoever brings it.
+    special = apc.adds_special(llama.tokenizer, template)
+    ids = llama.tokenizer(text, add_special_tokens=special)["input_ids"]
+    assert ids == llama.tokenizer.apply_chat_template(messages)["input_ids"]
+    assert "{reply}" not in apc.chat_template(llama.tokenizer, apc.RELEVANCE_TEMPLATE)
+
+
 def test_a_model_folder_may_have_its_own_template(folders, tmp_path):
     shutil.copytree(folders["relevance"], tmp_path / "own")
     (tmp_path / "own" / apc.TEMPLATE).write_text("{query} | {statement}\n")

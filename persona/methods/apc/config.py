@@ -41,6 +41,7 @@ class APCConfig:
     responses: "teacher" writes an entailed, a neutral and a contradicted reply to each query; "sampled" draws replies
         of the LM itself with and without the statement at hand. Either way the judge labels them.
     others: further statements (replies) that each query (statement) is labelled with.
+    reward: who scores replies: "discriminators", or the "judge" itself, asked about every statement and reply.
     relevance_model, nli_model: discriminators that are there already; then none are trained.
     prompts: how statements are shown to the LM in "sampled": "english", "town", or a folder (personalizer statements).
     files: a folder with files in the published format; what it holds of a character is not made again.
@@ -57,6 +58,7 @@ class APCConfig:
     files: str | None = None
     prompts: str = "english"
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    reward: str = "discriminators"
     relevance_model: str | None = None
     nli_model: str | None = None
     max_queries: int = 100  # per character

@@ -31,6 +31,8 @@ from persona.metrics.apc import (
     RELEVANCE_TEMPLATE,
     TEMPLATE,
     Classifier,
+    adds_special,
+    chat_template,
     relevance_order,
 )
 from persona.metrics.nli import class_order, longest_input
@@ -141,11 +143,15 @@ def train_discriminator(
     model, tokenizer = body(config.base, classes)
     weights = class_weights([row.label for row in parts["train"]], classes, config.class_weights)
     numbers = {label: number for number, label in enumerate(classes)}
+    template = chat_template(tokenizer, template)
+    special = adds_special(tokenizer, template)
     length = min(config.max_length, longest_input(tokenizer, model.config))
 
     def collate(batch: list[Labelled]) -> dict[str, Any]:
         texts = [template.format(**row.slots) for row in batch]
-        inputs = tokenizer(texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
+        inputs = tokenizer(
+            texts, add_special_tokens=special, truncation=True, max_length=length, padding=True, return_tensors="pt"
+        )
         known = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         return {**known, "labels": torch.tensor([numbers[row.label] for row in batch])}
 

@@ -100,7 +100,7 @@ class Run:
         given = [str(Path(model).resolve()) for model in (config.relevance_model, config.nli_model)
                  if model is not None and Path(model).is_dir()]  # fmt: skip
         files = [str(Path(config.files).expanduser().resolve())] if config.files else []
-        own = config.relevance_model is None or config.nli_model is None
+        own = config.reward == "discriminators" and (config.relevance_model is None or config.nli_model is None)
         asked = ["statements", "queries"] if taught else ["statements"]
 
         who = [[c.id, c.name, describe(c.role), c.persona.description, list(c.persona.statements)]
@@ -113,8 +113,10 @@ class Run:
                   "judge": [identity(judge) for judge in self.judges]}  # fmt: skip
         trained = {"trainer": asdict(self.trainer), "below": [str(folder) for folder in below_of(self.under)]}
         learned = {**trained, **self._set("lora", "max_length")}
-        scored = {**sampled, **self._set("relevance_model", "nli_model", "max_queries", "samples", "gap"),
-                  "under": identity(self.under)}  # fmt: skip
+        scored = {**sampled, **self._set("reward", "relevance_model", "nli_model", "max_queries",
+                                        "samples", "gap"),
+                  "under": identity(self.under),
+                  "judge": [identity(j) for j in self.judges] if config.reward == "judge" else []}  # fmt: skip
 
         made = [Stage("statements", self.make_statements, files, ["statements"], helped)]
         if taught:
@@ -324,19 +326,33 @@ class Run:
 
         rows = self.generate(named, sample, folder, "pairs", "replies", model=self.under)
         rows = labels.readable(rows, "of the LM")
-        if not self.processes.is_main_process:
-            return
         questions = [
             Question(told[r["of"]].name, told[r["of"]].persona.statements, r["query"], tuple(r["replies"]))
             for r in rows
         ]
-        found = self.scorer(folder)(questions)
+        rows, found = self.score(folder, rows, questions)
+        if not self.processes.is_main_process:
+            return
         kept = self.prefer(rows, found, told)
         with atomic_folder(folder / "pairs") as temporary:
             pairs.write(temporary / "pairs.jsonl", kept)
             for c in self.characters:
                 own = [pair for pair in kept if pair["of"] == c.id]
                 formats.write(temporary, c, formats.PAIRS, [pairs.published(self.under.base, pair) for pair in own])
+
+    def score(
+        self, folder: Path, rows: list[dict[str, Any]], questions: Sequence[Question]
+    ) -> tuple[list[dict[str, Any]], list[Probabilities]]:
+        """The rows whose replies have a score, and their probabilities."""
+        if self.config.reward == "discriminators":
+            return rows, self.scorer(folder)(questions) if self.processes.is_main_process else []
+        items = [(f"{row['of']}/{number}", question) for number, (row, question) in
+                 enumerate(zip(rows, questions, strict=True))]  # fmt: skip
+        judge = labels.one_judge(self.judges)
+        verdicts = self.generate(items, pairs.judge_replies, folder, "pairs", "scores", judges=judge)
+        labels.readable(verdicts, "of the judge on replies")
+        scored = [(row, pairs.probabilities(v)) for row, v in zip(rows, verdicts, strict=True) if "reason" not in v]
+        return [row for row, _ in scored], [found for _, found in scored]
 
     def prefer(
         self, rows: Sequence[Mapping[str, Any]], found: Sequence[Probabilities], told: Mapping[str, Character]

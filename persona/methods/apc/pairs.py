@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from persona.errors import UserError
+from persona.evaluation.judges.apc import judged
+from persona.evaluation.judges.judging import Unscored
 from persona.evaluation.roles import Roles
 from persona.lm import BaseLM
 from persona.methods.apc.characters import Character
 from persona.methods.apc.config import APCConfig, seed_of
-from persona.metrics.apc import Probabilities
+from persona.metrics.apc import Probabilities, Question
 from persona.types import Message, Request, Sampling
 
 
@@ -76,6 +78,24 @@ async def sample_replies(
 
     replies = await asyncio.gather(*(one(number) for number in range(config.samples)))
     return {"of": character.id, "query": query, "replies": list(replies)}
+
+
+async def judge_replies(question: Question, roles: Roles) -> Mapping[str, Any]:
+    """The judge's probabilities, 0 or 1, of every reply. Raises Unscored where a verdict on one cannot be read."""
+    found = await judged(roles.judges[0], question)
+    if unread := [one for one in found if isinstance(one, Unscored)]:
+        raise unread[0]
+    known = [one for one in found if isinstance(one, Probabilities)]
+    return {
+        "relevance": known[0].relevance.tolist(),
+        "entailment": [one.entailment[0].tolist() for one in known],
+        "contradiction": [one.contradiction[0].tolist() for one in known],
+    }
+
+
+def probabilities(row: Mapping[str, Any]) -> Probabilities:
+    """A row of `judge_replies` as arrays."""
+    return Probabilities(*(np.array(row[key]) for key in ("relevance", "entailment", "contradiction")))
 
 
 def drawn(character: Character, queries: Mapping[str, Sequence[str]], config: APCConfig, seed: int) -> list[str]:
