@@ -212,7 +212,7 @@ run(Ratings(500), Slow(), sys.argv[1], batch_size=1, processes=processes)
 
     launched, children = time.monotonic(), launch(tmp_path / "whole")
     begun = wait_for_rows(tmp_path / "whole", 1)
-    assert [child.wait(120) for child in children] == [0, 0]
+    assert [child.wait(300) for child in children] == [0, 0]
     starting, working = begun - launched, time.monotonic() - begun
     rng, counts = random.Random(0), [0]
     for kill in range(10):
@@ -228,7 +228,7 @@ run(Ratings(500), Slow(), sys.argv[1], batch_size=1, processes=processes)
         counts.append(rows(tmp_path / "killed"))
     print(f"rows after each kill: {counts}")
     assert counts == sorted(counts) and counts[-1] < 500 and len(set(counts)) > 8, counts
-    assert [child.wait(120) for child in launch(tmp_path / "killed")] == [0, 0]
+    assert [child.wait(300) for child in launch(tmp_path / "killed")] == [0, 0]
     ids = [row.id for row in read_rows(tmp_path / "killed" / "samples.jsonl")]
     assert len(ids) == len(set(ids)) == 500
     contents = [(tmp_path / run / "samples.jsonl").read_bytes() for run in ("whole", "killed")]
