@@ -132,9 +132,14 @@ class APC(Benchmark):
             found = [await self._batcher.ask(question)]
         else:
             asked = await asyncio.gather(*(judged(judge, question, self.config.compat) for judge in roles.judges))
-            found = [given for (given,) in asked if not isinstance(given, Unscored)]
+            found, unread = [], []
+            for (given,) in asked:
+                if isinstance(given, Unscored):
+                    unread.append(given)
+                else:
+                    found.append(given)
             if not found:
-                raise Unscored(asked[0][0].reason, reply)
+                raise Unscored(unread[0].reason, reply)
         scores = [[float(value[0]) for value in given.score()] for given in found]
         return ApcScore(*np.mean(scores, axis=0).tolist())
 
