@@ -139,7 +139,7 @@ class APC(Benchmark):
                 else:
                     found.append(given)
             if not found:
-                raise Unscored(unread[0].reason, reply)
+                raise Unscored(unread[0].reason, reply, failed=any(given.failed for given in unread))
         scores = [[float(value[0]) for value in given.score()] for given in found]
         return ApcScore(*np.mean(scores, axis=0).tolist())
 
