@@ -99,10 +99,10 @@ def test_rows_as_many_as_published():
         {"of": i.character, "character": i.name, "statement": i.statement, "query": i.query,
          "responses": [f"{i.query} {label}" for label in ("yes", "perhaps", "no")]} for _, i in own
     ]  # fmt: skip
-    asked = labels.nli_items(rows, [], 0)
+    asked = labels.nli_items(rows, [], 3, 0)
     assert len(asked) == 27 * 6 and len({name for name, _ in asked}) == 27 * 6
-    assert labels.nli_items(rows[:3], [], 0)[0] == asked[0]  # of its own replies, a row is asked the same
-    assert len(labels.nli_items(rows, [replace(own[0][1], statement="bare")], 0)) == 27 * 6 + 3
+    assert labels.nli_items(rows[:3], [], 3, 0)[0] == asked[0]  # of its own replies, a row is asked the same
+    assert len(labels.nli_items(rows, [replace(own[0][1], statement="bare")], 3, 0)) == 27 * 6 + 3
 
 
 def test_queries_of_the_data_are_judged_and_the_relevant_ones_answered():
@@ -145,6 +145,14 @@ def test_no_statement_is_in_training_and_held_out():
     assert {row.cluster for row in parts["dev"]} < {row.cluster for row in parts["train"]}
     fewer = split(rows[:300], DiscriminatorConfig(), 0)["held_out"]
     assert fewer == parts["held_out"][: len(fewer)]
+
+
+def test_neutral_rows_are_thinned_and_no_others():
+    rows = [Labelled({"query": str(n)}, ("neutral", "entailment")[n % 10 == 0], "s") for n in range(100)]
+    kept = discriminators.thinned(rows, 1.5, 0)
+    assert [row.label for row in kept].count("entailment") == 10 and len(kept) == 25
+    assert kept == [row for row in rows if row in kept] == discriminators.thinned(rows, 1.5, 0)
+    assert discriminators.thinned(rows, 20, 0) == rows
 
 
 def test_class_weights_by_hand():

@@ -24,6 +24,7 @@ class DiscriminatorConfig:
     batch_size: int = 8
     max_length: int = 512
     class_weights: bool = True  # rare classes count as much as frequent ones
+    neutral: float | None = None  # NLI: neutral training rows per other row; null keeps all of them
     held_out: float = 0.2
     dev: float = 0.1
 
@@ -40,7 +41,8 @@ class APCConfig:
     queries: "teacher" writes `queries_per_statement` for each statement; "data" takes the train split's own questions.
     responses: "teacher" writes an entailed, a neutral and a contradicted reply to each query; "sampled" draws replies
         of the LM itself with and without the statement at hand. Either way the judge labels them.
-    others: further statements (replies) that each query (statement) is labelled with.
+    others, other_responses: further queries that each statement is labelled with, and further replies that each
+        (statement, query) is.
     reward: who scores replies: "discriminators", or the "judge" itself, asked about every statement and reply.
     relevance_model, nli_model: discriminators that are there already; then none are trained.
     prompts: how statements are shown to the LM in "sampled": "english", "town", or a folder (personalizer statements).
@@ -55,6 +57,7 @@ class APCConfig:
     responses: str = "teacher"
     queries_per_statement: int = 3
     others: int = 5
+    other_responses: int = 3
     files: str | None = None
     prompts: str = "english"
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)

@@ -35,7 +35,7 @@ from persona.metrics.apc import (
     chat_template,
     relevance_order,
 )
-from persona.metrics.nli import class_order, longest_input
+from persona.metrics.nli import NEUTRAL, class_order, longest_input
 from persona.training.trainer import TrainerConfig, fit
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
@@ -78,6 +78,18 @@ def split(rows: Sequence[Labelled], config: DiscriminatorConfig, seed: int) -> d
         else:
             found["train"].append(row)
     return found
+
+
+def thinned(rows: Sequence[Labelled], neutral: float, seed: int) -> list[Labelled]:
+    """At most `neutral` neutral rows for each other row, drawn by the row's own hash; most replies are neutral to most
+    statements, and teach little."""
+    others = sum(row.label != NEUTRAL for row in rows)
+    drawn = sorted(
+        (row for row in rows if row.label == NEUTRAL),
+        key=lambda row: seed_of(seed, "neutral", row.cluster, sorted(row.slots.items())),
+    )
+    kept = {id(row) for row in drawn[: round(neutral * others)]}
+    return [row for row in rows if row.label != NEUTRAL or id(row) in kept]
 
 
 class Rows(Dataset):
@@ -134,6 +146,8 @@ def train_discriminator(
     """
     classes, template = TASKS[task]["classes"], TASKS[task]["template"]
     parts = split(rows, config, trainer.seed)
+    if task == "nli" and config.neutral is not None:
+        parts["train"] = thinned(parts["train"], config.neutral, trainer.seed)
     seen = Counter(row.label for row in parts["train"])
     if len(seen) < 2:
         told = ", ".join(f"{n} × {label}" for label, n in sorted(seen.items())) or "none"

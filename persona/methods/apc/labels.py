@@ -25,7 +25,6 @@ from persona.methods.statements import Statements
 from persona.types import Request, Sampling
 
 RESPONSES = Prompt.load(Path(__file__).parent / "prompts" / "responses.md")
-OTHER_RESPONSES = 3  # further replies that every (statement, query) is labelled with
 SHOWN_BESIDE = 4  # further statements in the prompt of a sampled reply
 
 
@@ -148,11 +147,13 @@ async def sample_responses(
 # ---- inference -----------------------------------------------------------------------------------------------------
 
 
-def nli_items(rows: Sequence[Mapping[str, Any]], bare: Sequence[Item], seed: int) -> list[tuple[str, Item]]:
-    """What the judge is asked about replies, by name: those made for a (statement, query), and OTHER_RESPONSES others.
+def nli_items(
+    rows: Sequence[Mapping[str, Any]], bare: Sequence[Item], count: int, seed: int
+) -> list[tuple[str, Item]]:
+    """What the judge is asked about replies, by name: those made for a (statement, query), and `count` others.
 
-    `rows` are those of replies; `bare` are (statement, query) pairs that got none, and meet others' alone. Others are
-    drawn at random, but for one to the same query where another statement has it: the hardest to tell apart.
+    `rows` are those of replies; `bare` are (statement, query) pairs that got none, and meet others' alone. Half of the
+    others answer the same query, where others were asked it: the hardest to tell apart. The rest is drawn at random.
     """
     replies = [(row["query"], response) for row in rows for response in row["responses"] if response]
     same: dict[str, list[tuple[str, str]]] = {}
@@ -163,10 +164,11 @@ def nli_items(rows: Sequence[Mapping[str, Any]], bare: Sequence[Item], seed: int
     for item, responses in (*own, *((item, []) for item in bare)):
         rng = random.Random(seed_of(seed, "others", item.character, item.statement, item.query))
         pairs = [(item.query, response) for response in responses]
-        drawn = [rng.choice(same[item.query])] if item.query in same else []
-        drawn += rng.sample(replies, min(len(replies), 2 * OTHER_RESPONSES))
+        alike = [pair for pair in dict.fromkeys(same.get(item.query, ())) if pair not in pairs]
+        drawn = rng.sample(alike, min(len(alike), (count + 1) // 2))
+        drawn += rng.sample(replies, min(len(replies), 2 * count + len(pairs)))
         elsewhere = [pair for pair in dict.fromkeys(drawn) if pair not in pairs]
-        asked = [pair for pair in dict.fromkeys((*pairs, *elsewhere[:OTHER_RESPONSES])) if pair[1]]
+        asked = [pair for pair in dict.fromkeys((*pairs, *elsewhere[:count])) if pair[1]]
         found += [
             (f"{item.character}/{item.statement}/{item.query}/{n}", replace(item, query=query, response=response))
             for n, (query, response) in enumerate(asked)

@@ -109,7 +109,8 @@ class Run:
         helped = {**common, "teacher": identity(self.helper)}
         sampled = {**common, **self._set("queries", "temperature", "max_new_tokens"),
                    "questions": [list(c.questions) for c in self.characters]}  # fmt: skip
-        judged = {**sampled, **helped, **self._set("responses", "prompts", "queries_per_statement", "others"),
+        judged = {**sampled, **helped, **self._set("responses", "prompts", "queries_per_statement", "others",
+                                                   "other_responses"),
                   "judge": [identity(judge) for judge in self.judges]}  # fmt: skip
         trained = {"trainer": asdict(self.trainer), "below": [str(folder) for folder in below_of(self.under)]}
         learned = {**trained, **self._set("lora", "max_length")}
@@ -254,7 +255,9 @@ class Run:
         answered = {(row["of"], row["statement"]) for row in responses}
         bare = [labels.Item(c.id, c.name, row["statement"], row["query"]) for c in left for row in relevance[c.id]
                 if (c.id, row["statement"]) not in answered]  # fmt: skip
-        asked = labels.nli_items(responses, list({(b.character, b.statement): b for b in bare}.values()), seed)
+        asked = labels.nli_items(
+            responses, list({(b.character, b.statement): b for b in bare}.values()), config.other_responses, seed
+        )
         judged = self.generate(asked, labels.judge_nli, folder, "labels", "inference", judges=judge)
         inferred: dict[str, list[dict[str, Any]]] = {c.id: [] for c in self.characters}
         for row in labels.readable(judged, "of the judge on responses"):
