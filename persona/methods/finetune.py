@@ -28,7 +28,7 @@ from persona.errors import UserError
 from persona.lm import BaseLM, Row, adapters, assemble
 from persona.lm.batch import forward_logits, nll_sum
 from persona.personalizer import LanguageModel, Personalizer, save
-from persona.training.lora import LoRA, LoraSettings, adapted, save_adapter
+from persona.training.lora import LoRA, LoraSettings, adapted, as_it_was, save_adapter
 from persona.training.trainer import TrainerConfig, fit
 from persona.types import HistoryItem, Message, Request, Sample, Sampling
 
@@ -198,11 +198,8 @@ def train(config: FinetuneConfig, under: LanguageModel, people: People, trainer:
     def run(module: FinetuneTraining, train: Pairs, dev: Pairs | None, groups: list[dict] | None = None) -> None:
         fit(module, train, dev, collate, trainer, out, groups)
 
-    try:
-        with TRAINERS[config.mode](config, under, people, run, out) as personalizer:
-            return save(personalizer, base, out / "personalizer", under.personalizers)
-    finally:
-        base.model.eval().requires_grad_(False)  # the Trainer switches dropout on
+    with as_it_was(base.model), TRAINERS[config.mode](config, under, people, run, out) as personalizer:
+        return save(personalizer, base, out / "personalizer", under.personalizers)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from persona.lm import BaseLM, Row, assemble
 from persona.lm.batch import forward_logits, nll_sum
 from persona.personalizer import LanguageModel, Personalizer, save
 from persona.store import HistoryStore, StoreBusy, history_key
+from persona.training.lora import as_it_was
 from persona.training.trainer import TrainerConfig, fit
 from persona.types import Conversation, Persona, Request, Sample, Sampling
 
@@ -534,8 +535,7 @@ def train(config: PersonaPlugConfig, under: LanguageModel, people: People, train
     if encoder:
         rate = trainer.learning_rate if config.encoder_learning_rate is None else config.encoder_learning_rate
         groups.append({"params": encoder, "lr": rate})
-    try:
+    with as_it_was(base.model):
         fit(module, train_data, dev_data, collate, trainer, out, groups)
-    finally:
-        module.eval()  # the base LM too: it is used on
+    plug.embedder.eval()
     return save(plug, base, out / "personalizer", under.personalizers)

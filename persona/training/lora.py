@@ -46,7 +46,7 @@ def adapted(base: BaseLM, settings: LoraSettings, below: Sequence[Path | str] = 
     # Remembered from here on: an adapter among the base's modules is not a part of the base.
     _ = base.identity
     under = [adapters.load_adapter(folder) for folder in below]
-    with _as_it_was(base.model):
+    with as_it_was(base.model):
         try:
             peft_model = get_peft_model(base.model, LoraConfig(**asdict(settings)))
         except ValueError as error:
@@ -62,8 +62,9 @@ def adapted(base: BaseLM, settings: LoraSettings, below: Sequence[Path | str] = 
 
 
 @contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
-    """Trainers patch `forward`, change settings, add hooks, switch dropout and checkpointing on."""
+def as_it_was(model: Any) -> Iterator[None]:
+    """A frozen model is on leaving what it was, exceptions included: trainers patch `forward`, change settings, add
+    hooks, switch dropout and checkpointing on."""
     attributes = set(vars(model))
     kept: list[dict] = [vars(config) for config in (model.config, model.generation_config) if config]
     kept += [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
