@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from persona import data
-from persona.methods.apc.discriminators import TASKS, body
+from persona.methods.apc.discriminators import TASKS
 from persona.metrics.apc import Classifier, Discriminators, Probabilities, Question
 from persona.metrics.nli import CONTRADICTION, ENTAILMENT
+from persona.training.classifier import body
 
 
 def questions(count: int, replies: int = 2) -> list[Question]:
@@ -42,8 +43,7 @@ def questions(count: int, replies: int = 2) -> list[Question]:
 def save_models(base: str, folder: Path) -> Discriminators:
     """Discriminators with heads that were never trained: speed does not depend on what they know."""
     for task in TASKS:
-        torch.manual_seed(0)
-        model, tokenizer = body(base, TASKS[task]["classes"])
+        model, tokenizer = body(base, TASKS[task]["classes"], 0, "--base")
         model.save_pretrained(folder / task)
         tokenizer.save_pretrained(folder / task)
     return Discriminators(str(folder / "relevance"), str(folder / "nli"))

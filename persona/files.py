@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,12 @@ def write_json(path: Path | str, value: Any) -> None:
     """Write `value` to `path` whole or not at all. Raises UserError as `atomic_write` does."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+
+
+def write_lines(path: Path | str, rows: Iterable[Any]) -> None:
+    """Write `rows`, one JSON value a line, whole or not at all. Raises UserError as `atomic_write` does."""
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def read_lines(path: Path) -> Iterator[Any]:

@@ -28,6 +28,7 @@ from persona.benchmarks import BenchmarkConfig
 from persona.data.base import People
 from persona.data.rows import first_few
 from persona.errors import UserError
+from persona.evaluation.comparison import is_trivial
 from persona.evaluation.episodes import Benchmark
 from persona.evaluation.judges.apc import NLI, RELEVANCE, judged
 from persona.evaluation.judges.judging import Unscored
@@ -223,7 +224,7 @@ def means(folders: Sequence[Path | str], metric: str) -> dict[tuple[str, str], f
     """
     values: dict[tuple[str, str], list[float]] = {}
     for run in find_runs(folders):
-        if run.summary.benchmark == APC.name and not {"kind", "seed"} == set(run.summary.settings.get("model", ())):
+        if run.summary.benchmark == APC.name and not is_trivial(run.summary.stack):
             for row in run.rows:
                 if metric in row.values:
                     values.setdefault((run.summary.stack, row.cluster), []).append(row.values[metric])

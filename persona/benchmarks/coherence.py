@@ -51,10 +51,10 @@ BETTER = Rubric.load(
 
 @dataclass
 class CoherenceConfig(QuestionsConfig):
-    """`reference`: the results folder of another stack on benchmark=character, with the same questions and people."""
+    """`against`: the results folder of another stack on benchmark=character, with the same questions and people."""
 
     name: str = "coherence"
-    reference: str | None = None
+    against: str | None = None
 
 
 class Coherence(Benchmark):
@@ -88,22 +88,20 @@ class Coherence(Benchmark):
 
     def _stored(self) -> dict[str, Row]:
         """The other stack's row of each sample. Raises UserError where there is none."""
-        if self.config.reference is None:
+        if self.config.against is None:
             raise UserError(
-                "benchmark.reference has no value: it should be the results folder of the stack to compare with, "
+                "benchmark.against has no value: it should be the results folder of the stack to compare with, "
                 "outputs/<name>/evaluation/character/<stack>"
             )
-        run = load_run(self.config.reference)
+        run = load_run(self.config.against)
         if run.summary.benchmark != "character":
-            raise UserError(
-                f"benchmark.reference={run.folder} holds {run.summary.benchmark}, where character should be"
-            )
+            raise UserError(f"benchmark.against={run.folder} holds {run.summary.benchmark}, where character should be")
         rows = {row.id: row for row in run.rows if row.groups["variant"] == DEFAULT}
         asked = {id: row.messages[-1]["content"] for id, row in rows.items()}
         lacking = [s.id for s in self._samples if asked.get(s.id) != s.messages[-1].content]
         if lacking:
             raise UserError(
-                f"benchmark.reference={run.folder} has no reply to {len(lacking)} of {len(self._samples)} questions "
+                f"benchmark.against={run.folder} has no reply to {len(lacking)} of {len(self._samples)} questions "
                 f"({first_few(lacking)}): benchmark.path, limit, seed, language and data.path should be as there"
             )
         return rows
@@ -140,5 +138,5 @@ class Coherence(Benchmark):
 
 
 def build(config: CoherenceConfig, people: People) -> Coherence:
-    """Raises UserError for people without statements, bad questions, and a reference without replies to them."""
+    """Raises UserError for people without statements, bad questions, and results without replies to them."""
     return Coherence(config, people)

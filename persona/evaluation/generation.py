@@ -105,6 +105,12 @@ def generate(
     return list(read_lines(path))
 
 
+def seed_of(seed: int, *names: object) -> int:
+    """A seed of its own for everything that has a name: the same in any batch, on any process, in any order."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return int.from_bytes(digest[:4]) >> 1
+
+
 def fingerprint(items: Sequence[tuple[str, Any]]) -> str:
     """16 hex digits over ids and items, in order. Items are JSON values or hold dataclasses, sequences, mappings."""
     digest = hashlib.sha256()

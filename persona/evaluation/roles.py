@@ -92,3 +92,15 @@ class Cast:
     def usage(self) -> dict[str, Any]:
         """Requests, tokens and cost of each role that counts them (endpoints)."""
         return {role: dict(player.usage) for role, player in self.players().items() if hasattr(player, "usage")}
+
+
+def identity(player: Any) -> dict[str, Any]:
+    """What of a player decides what it says, as JSON values: weights and dtype of a local model, name and address of
+    an endpoint, the stack on either; the name of a judge of its own kind."""
+    if not hasattr(player, "respond"):
+        return {"name": player.name}
+    stack = [[p.method, p.config(), p.fingerprint] for p in getattr(player, "personalizers", ())]
+    if hasattr(player, "base"):
+        return {**player.base.identity, "dtype": str(player.base.dtype), "stack": stack}
+    server = getattr(player, "endpoint", player).config
+    return {"endpoint": server.model, "base_url": server.base_url, "stack": stack}

@@ -108,6 +108,19 @@ def save_adapter(peft_model: Any, folder: Path) -> Path:
     return folder
 
 
+def keep(work: Path, folder: Path) -> Path:
+    """Copy what a training left in its working folder `work` to `folder`, whole: the adapter, its metrics, the list of
+    what was dropped. Of several processes the first copies, the others wait."""
+    processes = PartialState()
+    if processes.is_main_process:
+        with atomic_folder(folder) as temporary:
+            for file in (*(work / "adapter").iterdir(), work / "metrics.jsonl", work / "dropped.jsonl"):
+                if file.is_file():
+                    shutil.copyfile(file, temporary / file.name)
+    processes.wait_for_everyone()
+    return folder
+
+
 class LoRA(Personalizer):
     """One adapter for everybody, in PEFT's own format in `adapter/` (loads in plain PEFT).
 

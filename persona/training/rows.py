@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from persona.errors import UserError
-from persona.files import atomic_write
+from persona.files import write_lines
 from persona.lm import BaseLM
 
 logger = logging.getLogger(__name__)
@@ -39,8 +38,7 @@ def report_dropped(dropped: Sequence[dict[str, Any]], of: int, what: str, limit:
     """
     listing = out / "dropped.jsonl"
     if PartialState().is_main_process:
-        with atomic_write(listing) as temporary:
-            temporary.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in dropped))
+        write_lines(listing, dropped)
     if dropped:
         longest = max(row["tokens"] for row in dropped)
         said = f"{len(dropped)} of {of} {what} have more than {limit} tokens, the longest {longest}"

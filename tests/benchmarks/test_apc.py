@@ -168,7 +168,7 @@ def test_stacks_are_compared_with_people_and_with_the_oracle(town, people, tmp_p
     for name, reply in stacks.items():
         judge_run(town, reply, tmp_path / "apc" / name, OracleJudge(), stack=name)
     constant = Trivial("constant")
-    run_benchmark(town, Cast(constant, [OracleJudge()]), tmp_path / "apc" / "constant", stack="constant",
+    run_benchmark(town, Cast(constant, [OracleJudge()]), tmp_path / "apc" / "constant", stack="constant answer",
                   settings={"model": vars(constant)}, progress=False)  # fmt: skip
     apc.main([str(tmp_path / "apc")])
     printed = capsys.readouterr().out

@@ -33,8 +33,8 @@ def stored(tmp_path):
     return store
 
 
-def bench(reference, **changes):
-    return build(CoherenceConfig(**{**SETTINGS, "reference": reference, **changes}), people())
+def bench(against, **changes):
+    return build(CoherenceConfig(**{**SETTINGS, "against": against, **changes}), people())
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_question_that_is_asked_twice_does_not_multiply(stored, tmp_path):
 
 
 def test_folders_that_do_not_fit_are_one_sentence(stored, tmp_path):
-    with pytest.raises(UserError, match="benchmark.reference has no value: it should be the results folder"):
+    with pytest.raises(UserError, match="benchmark.against has no value: it should be the results folder"):
         bench(None)
     with pytest.raises(UserError, match="missing.*does not exist"):
         bench(str(tmp_path / "missing"))

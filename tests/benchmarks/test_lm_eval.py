@@ -11,8 +11,6 @@ from persona.errors import UserError
 from persona.evaluation.episodes import Trivial
 from persona.types import Message, Request
 
-pytest.importorskip("lm_eval")
-
 CAPITALS = [("Peru", ["Lima", "Quito"], 0), ("Norway", ["Rome", "Oslo"], 1), ("Egypt", ["Cairo", "Paris"], 0)]
 CHOICE = """
 task: {task}

@@ -9,12 +9,15 @@ import pytest
 from evaluation_toys import ToyModel
 
 from persona.errors import UserError
+from persona.evaluation.endpoints.endpoint import Endpoint, EndpointConfig, PersonalizedEndpoint
 from persona.evaluation.episodes import Benchmark, Cast, Trivial, run_benchmark
-from persona.evaluation.judges.judging import Rubric, ScriptedJudge
+from persona.evaluation.judges.judging import Rubric, ScriptedJudge, random_judge
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import read_rows
-from persona.evaluation.roles import Roles
+from persona.evaluation.roles import Roles, identity
 from persona.evaluation.statistics import Metric
+from persona.methods.prompt import Description
+from persona.personalizer import LanguageModel
 from persona.types import Message, Request, Response, Sample, Score
 
 RUBRIC = Rubric(Prompt("short", "Is {{ reply }} short?"), float, (1.0, 5.0))
@@ -118,3 +121,14 @@ def test_other_words_in_a_prompt_are_another_setting(tmp_path):
     run(Worded(), Trivial("constant"), tmp_path)
     with pytest.raises(UserError, match="prompts was"):
         run(Reworded(), Trivial("constant"), tmp_path)
+
+
+def test_the_identity_of_a_player_is_all_that_decides_what_it_says(load_base):
+    """Of an endpoint the prompts in front of it as well, of a local model its stack and dtype."""
+    server = Endpoint(EndpointConfig(model="m", base_url="http://127.0.0.1:1/v1"))
+    told = PersonalizedEndpoint(server, [Description()])
+    assert identity(server) == {"endpoint": "m", "base_url": "http://127.0.0.1:1/v1", "stack": []}
+    assert identity(told)["stack"] == [["description", {}, ""]] and identity(told)["endpoint"] == "m"
+    base = load_base("llama")
+    assert identity(LanguageModel(base, [Description()])) != identity(LanguageModel(base))
+    assert identity(random_judge(3)) == {"name": "random, seed 3"}

@@ -28,6 +28,7 @@ from persona.methods.apc import (
     discriminators,
     formats,
     labels,
+    method,
     preference_pairs,
     train,
 )
@@ -298,6 +299,14 @@ def test_the_judge_itself_may_score(base, tmp_path):
     assert {path.name for path in stages.iterdir()} == {"statements", "pairs", "dpo", "records", "work"}
     rows = [json.loads(line) for line in (stages / "pairs" / "pairs.jsonl").read_text().splitlines()]
     assert rows and all(score == int(score) for row in rows for score in row["scores"])  # statements are counted
+
+
+def test_pairs_that_were_all_drawn_to_be_measured_on_are_learned_from(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(method, "DEV_PAIRS", 1.0)
+    judge = {"judges": [OracleJudge()]}
+    train(replace(TINY, reward="judge"), under(base, RAG), people(questions=8), TRAINER, tmp_path, **judge)
+    logged = [json.loads(line) for line in (tmp_path / "stages" / "dpo" / "metrics.jsonl").read_text().splitlines()]
+    assert any("train_loss" in row for row in logged) and not any("eval_loss" in row for row in logged)
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------

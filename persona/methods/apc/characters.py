@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -58,7 +57,3 @@ def characters(people: People) -> list[Character]:
         Character(c.persona, c.name, c.role, c.task, tuple(dict.fromkeys(questions.get(c.id, ()))))
         for c in found.values()
     ]
-
-
-def by_id(all_characters: Sequence[Character]) -> dict[str, Character]:
-    return {character.id: character for character in all_characters}

@@ -1,8 +1,7 @@
-"""What can be set of the method, and how its draws are seeded."""
+"""What can be set of the method."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 
 from persona.training.lora import LoraSettings
@@ -73,9 +72,3 @@ class APCConfig:
     beta: float = 0.1
     lora: LoraSettings = field(default_factory=_lora)
     max_length: int = 1536
-
-
-def seed_of(seed: int, *names: object) -> int:
-    """A seed of its own for everything that has a name: the same in any batch, on any process, in any order."""
-    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
-    return int.from_bytes(digest[:4]) >> 1

@@ -18,10 +18,11 @@ from accelerate import PartialState
 from torch import Tensor
 
 from persona.errors import UserError
+from persona.evaluation.generation import seed_of
 from persona.evaluation.judges.apc import MEANING
 from persona.evaluation.statistics import Metric, estimate
 from persona.files import atomic_folder, write_json
-from persona.methods.apc.config import DiscriminatorConfig, seed_of
+from persona.methods.apc.config import DiscriminatorConfig
 from persona.metrics.apc import (
     NLI_CLASSES,
     NLI_TEMPLATE,

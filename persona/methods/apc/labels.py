@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from persona.errors import UserError
+from persona.evaluation.generation import seed_of
 from persona.evaluation.judges import apc as judging
 from persona.evaluation.judges.judging import Unreadable, Unscored
 from persona.evaluation.judges.parsing import parse_json
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.roles import Roles
 from persona.methods.apc.characters import Character
-from persona.methods.apc.config import APCConfig, seed_of
+from persona.methods.apc.config import APCConfig
 from persona.methods.statements import Statements
 from persona.types import Request, Sampling
 

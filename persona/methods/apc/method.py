@@ -24,16 +24,16 @@ from accelerate import PartialState
 
 from persona.data.base import People
 from persona.errors import UserError
-from persona.evaluation.generation import generate
-from persona.evaluation.roles import Cast
-from persona.files import atomic_folder, read_lines
+from persona.evaluation.generation import generate, seed_of
+from persona.evaluation.roles import Cast, identity
+from persona.files import atomic_folder, read_lines, write_lines
 from persona.methods.apc import discriminators, formats, labels, pairs, statements
 from persona.methods.apc.characters import Character, characters
-from persona.methods.apc.config import APCConfig, seed_of
+from persona.methods.apc.config import APCConfig
 from persona.methods.statements import Statements, StatementsConfig
 from persona.metrics.apc import Discriminators, Probabilities, Question
 from persona.personalizer import LanguageModel, Personalizer, save
-from persona.training.lora import CONFIG, WEIGHTS, LoRA
+from persona.training.lora import LoRA, keep
 from persona.training.stages import Stage, run_stages
 from persona.training.trainer import TrainerConfig
 from persona.types import Conversation, Message, Request
@@ -112,7 +112,8 @@ class Run:
         judged = {**sampled, **helped, **self._set("responses", "prompts", "queries_per_statement", "others",
                                                    "other_responses"),
                   "judge": [identity(judge) for judge in self.judges]}  # fmt: skip
-        trained = {"trainer": asdict(self.trainer), "below": [str(folder) for folder in below_of(self.under)]}
+        below_of(self.under)  # a stack that cannot be trained on is named before anything runs
+        trained = {"trainer": asdict(self.trainer), "under": identity(self.under)}
         learned = {**trained, **self._set("lora", "max_length")}
         scored = {**sampled, **self._set("reward", "relevance_model", "nli_model", "max_queries",
                                         "samples", "gap"),
@@ -126,7 +127,7 @@ class Run:
         if own or experience:
             made.append(Stage("labels", self.make_labels, [*files, *asked], ["labels"], judged))
         if experience:
-            keys = {**learned, **common, "under": identity(self.under)}
+            keys = {**learned, **common}
             return [*made, Stage("experience", self.train_experience, ["labels"], ["experience"], keys)]
         if own:
             keys = {"trainer": asdict(self.trainer), **self._set("discriminator")}
@@ -338,7 +339,7 @@ class Run:
             return
         kept = self.prefer(rows, found, told)
         with atomic_folder(folder / "pairs") as temporary:
-            pairs.write(temporary / "pairs.jsonl", kept)
+            write_lines(temporary / "pairs.jsonl", kept)
             for c in self.characters:
                 own = [pair for pair in kept if pair["of"] == c.id]
                 formats.write(temporary, c, formats.PAIRS, [pairs.published(self.under.base, pair) for pair in own])
@@ -405,12 +406,15 @@ class Run:
             splits[self.is_dev(row["of"], row["query"])].append(
                 Pair(messages, row["chosen"], row["rejected"], *weights)
             )
-        adapter = train_preferences(
+        if not splits[False]:  # few pairs, and all of them drawn to be measured on only
+            splits = {False: splits[True], True: []}
+        work = folder / "work" / "dpo"
+        train_preferences(
             self.under.base, splits[False], splits[True], beta=self.config.beta, lora=self.config.lora,
             below=below_of(self.under), max_length=self.config.max_length, trainer=self.trainer,
-            out=folder / "work" / "dpo",
+            out=work,
         )  # fmt: skip
-        self.keep(adapter, folder / "dpo")
+        keep(work, folder / "dpo")
 
     def train_experience(self, folder: Path) -> None:
         """Supervised training on replies that follow a statement, asked without showing it (reference/apc.md 3.5)."""
@@ -425,20 +429,15 @@ class Run:
             ]
         if not conversations:
             raise UserError("there is no experience to upload: no labelled reply is entailed by a statement")
-        adapter = train_supervised(
+        work = folder / "work" / "experience"
+        train_supervised(
             self.under.base, conversations, lora=self.config.lora, below=below_of(self.under),
-            max_length=self.config.max_length, trainer=self.trainer, out=folder / "work" / "experience",
+            max_length=self.config.max_length, trainer=self.trainer, out=work,
         )  # fmt: skip
-        self.keep(adapter, folder / "experience")
+        keep(work, folder / "experience")
 
     def is_dev(self, character: str, query: str) -> bool:
         return seed_of(self.trainer.seed, "dev pairs", character, query) / 2**31 < DEV_PAIRS
-
-    def keep(self, adapter: Path, folder: Path) -> None:
-        if self.processes.is_main_process:
-            with atomic_folder(folder) as temporary:
-                for name in (CONFIG, WEIGHTS):
-                    (temporary / name).write_bytes((adapter / name).read_bytes())
 
 
 def describe(messages: Conversation) -> list[dict[str, str]]:
@@ -457,13 +456,3 @@ def below_of(under: LanguageModel) -> list[Path]:
                 f"method apc trains on top of prompts and LoRA adapters, not on top of {personalizer.method}"
             )
     return found
-
-
-def identity(player: Any) -> Any:
-    """What of a player makes what it writes comparable."""
-    if isinstance(player, LanguageModel):
-        stack = [[p.method, p.config(), p.fingerprint] for p in player.personalizers]
-        return {**player.base.identity, "dtype": str(player.base.dtype), "stack": stack}
-    if hasattr(player, "config"):
-        return {"endpoint": player.config.model, "base_url": player.config.base_url}
-    return {"name": player.name}

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from persona.errors import UserError
+from persona.evaluation.generation import seed_of
 from persona.evaluation.judges.apc import judged
 from persona.evaluation.judges.judging import Unscored
 from persona.evaluation.roles import Roles
 from persona.lm import BaseLM
 from persona.methods.apc.characters import Character
-from persona.methods.apc.config import APCConfig, seed_of
+from persona.methods.apc.config import APCConfig
 from persona.metrics.apc import Probabilities, Question
 from persona.types import Message, Request, Sampling
 
@@ -104,11 +103,6 @@ def drawn(character: Character, queries: Mapping[str, Sequence[str]], config: AP
     known = list(dict.fromkeys(pool))
     rng = random.Random(seed_of(seed, "queries drawn", character.id))
     return rng.sample(known, min(len(known), config.max_queries))
-
-
-def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One JSON object a line."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def published(base: BaseLM, row: Mapping[str, Any]) -> dict[str, str]:

@@ -9,11 +9,12 @@ from typing import Any
 
 from persona.data.biography import check_names, names, paragraphs
 from persona.errors import UserError
+from persona.evaluation.generation import seed_of
 from persona.evaluation.judges.judging import Unscored
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.roles import Roles
 from persona.methods.apc.characters import Character
-from persona.methods.apc.config import APCConfig, seed_of
+from persona.methods.apc.config import APCConfig
 from persona.types import Request, Sampling
 
 _PROMPTS = Path(__file__).parent / "prompts"

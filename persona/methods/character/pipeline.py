@@ -14,11 +14,9 @@ stages/merged/, merge.json merge       one adapter out of both, and how far it i
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,8 @@ from accelerate import PartialState
 from persona.data.constitution import Constitution
 from persona.errors import UserError
 from persona.evaluation.generation import generate
-from persona.evaluation.roles import Cast
-from persona.files import atomic_folder, atomic_write, read_lines, sha256, write_json
+from persona.evaluation.roles import Cast, identity
+from persona.files import read_lines, sha256, write_json, write_lines
 from persona.lm.adapters import load_adapter
 from persona.methods.character import distillation, expansion, introspection
 from persona.methods.character.distillation import DistillConfig
@@ -39,7 +37,7 @@ from persona.methods.character.merge import MODES, difference, merge, save_adapt
 from persona.methods.character.prompts import PromptSet
 from persona.methods.character.sampling import SamplingConfig
 from persona.personalizer import LanguageModel
-from persona.training.lora import WEIGHTS, LoRA, LoraSettings
+from persona.training.lora import WEIGHTS, LoRA, LoraSettings, keep
 from persona.training.stages import Stage
 from persona.training.trainer import TrainerConfig
 from persona.types import Message
@@ -135,7 +133,7 @@ class Character:
                 found.setdefault(text, {"prompt": text, "source": f"trait {number}"})
         for text in extra_prompts(c.extra_prompts) if c.extra_prompts else ():
             found.setdefault(text, {"prompt": text, "source": "extra"})
-        write_rows(folder / "prompts.jsonl", ({"id": str(n), **row} for n, row in enumerate(found.values(), start=1)))
+        write_lines(folder / "prompts.jsonl", ({"id": str(n), **row} for n, row in enumerate(found.values(), start=1)))
 
     # ---- 2: pairs ----------------------------------------------------------------------------------------------
 
@@ -175,8 +173,8 @@ class Character:
                 f"no pair of answers is left to train on: all {len(rows)} were dropped, most because {worst} "
                 f"({folder / 'answers.jsonl'} has them)"
             )
-        write_rows(folder / "pairs.jsonl", kept)
-        write_rows(folder / "dropped.jsonl", dropped)
+        write_lines(folder / "pairs.jsonl", kept)
+        write_lines(folder / "dropped.jsonl", dropped)
 
     # ---- 3: the distilled model --------------------------------------------------------------------------------
 
@@ -192,7 +190,7 @@ class Character:
             self.under.base, pairs, (), beta=c.beta, nll_coef=c.nll_coef, kl_coef=c.kl_coef, lora=c.lora,
             max_length=c.distill.max_length, trainer=self.trainer, out=work,
         )  # fmt: skip
-        self._keep(work, folder / "dpo")
+        keep(work, folder / "dpo")
 
     # ---- 4: what it says about itself --------------------------------------------------------------------------
 
@@ -225,7 +223,7 @@ class Character:
         report_dropped("transcripts", dropped, len(rows))
         if not kept:
             raise UserError(f"the distilled model said nothing to train on ({folder / 'speech.jsonl'} has all of it)")
-        write_rows(folder / "transcripts.jsonl", kept)
+        write_lines(folder / "transcripts.jsonl", kept)
 
     # ---- 5: what it learns from that ---------------------------------------------------------------------------
 
@@ -239,7 +237,7 @@ class Character:
             self.under.base, conversations, lora=c.lora, below=(folder / "dpo",), max_length=c.sft_max_length,
             trainer=self.trainer, out=work, last_only=c.compat == "reference",
         )  # fmt: skip
-        self._keep(work, folder / "sft")
+        keep(work, folder / "sft")
 
     # ---- 6: one adapter ----------------------------------------------------------------------------------------
 
@@ -262,29 +260,6 @@ class Character:
         return generate(
             items, episode, cast, path, settings=settings, batch_size=self.under.batch_size, processes=self.processes
         )
-
-    def _keep(self, work: Path, folder: Path) -> None:
-        """Move what a training left out of its working folder, which goes with its checkpoints when the stage ends."""
-        if self.processes.is_main_process:
-            with atomic_folder(folder) as temporary:
-                for file in (*(work / "adapter").iterdir(), work / "metrics.jsonl", work / "dropped.jsonl"):
-                    if file.is_file():
-                        shutil.copyfile(file, temporary / file.name)
-        self.processes.wait_for_everyone()
-
-
-def identity(speaker: Any) -> dict[str, Any]:
-    """What of a local model or endpoint decides what it says, as JSON values."""
-    if isinstance(speaker, LanguageModel):
-        stack = [{"method": p.method, "config": p.config(), "files": p.fingerprint} for p in speaker.personalizers]
-        return {**speaker.base.identity, "stack": stack}
-    return {"endpoint": speaker.config.model, "base_url": speaker.config.base_url}
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """JSON lines, whole or not at all; the same on every process."""
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def report_dropped(what: str, dropped: list[dict[str, Any]], of: int) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
+from persona.evaluation.generation import seed_of
 from persona.types import Sampling
 
 
@@ -17,5 +17,4 @@ class SamplingConfig:
 
     def of(self, max_new_tokens: int, seed: int, name: str) -> Sampling:
         """Sampling for the text called `name`: the same in any batch, on any process, in any order."""
-        drawn = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4]) >> 1
-        return Sampling(max_new_tokens, self.temperature, self.top_p, seed=drawn)
+        return Sampling(max_new_tokens, self.temperature, self.top_p, seed=seed_of(seed, name))
