@@ -129,9 +129,13 @@ def test_every_experiment_starts(places, tmp_path, name, capsys):
         method = check_trained(tmp_path, personalizer)
         check_measured(places, "town", tmp_path, [*cfg.personalizers, str(personalizer)], method, 6)
     else:
-        assert train(load_config("train", [f"experiment={name}", "plan=true"])) is None
+        text = tmp_path / "ada.txt"
+        text.write_text("Name: Ada\nJob: baker\n")
+        theirs = {"constitution": ["data.path=patience"], "biography": [f"data.path={text}"]}.get(cfg.data.name, [])
+        assert train(load_config("train", [f"experiment={name}", "plan=true", *theirs])) is None
         printed = capsys.readouterr().out
-        assert all(word in printed for word in ("frozen", "total", "steps", "GiB")) and not list(tmp_path.iterdir())
+        assert all(word in printed for word in ("frozen", "total", "steps", "GiB"))
+        assert list(tmp_path.iterdir()) == [text]
 
 
 def test_steering_is_trained_and_measured_beside_the_constitution_as_system_prompt(tmp_path, load_base, model_folder):

@@ -228,6 +228,70 @@ def test_published_sizes_of_per_user_adapters() -> None:
     assert (size.users, size.samples) == (2500, round(2500 * 185.40))
 
 
+# ---- methods made of stages ----------------------------------------------------------------------------------------
+
+
+def test_the_stages_of_a_character_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "me.txt").write_text("I am calm.\n- What now?\n- Why?\nI am kind.\n- How are you?\n- Who?\n- Where?\n")
+    cfg = config(
+        *("experiment=character_llama31_8b", f"data.path={tmp_path / 'me.txt'}", "method.expand.per_trait=3"),
+        *("method.distill.repeats=4", "method.introspect.reflections=7", "method.introspect.interactions=5"),
+        *("trainer.epochs=2", "plan_gpus=2", "trainer.gradient_checkpointing=true"),
+    )
+    made = plan(cfg)
+    assert made.stages
+    texts = {(part.stage, part.what): (part.count, part.tokens) for part in made.stages.texts}
+    assert texts == {
+        ("expand", "lists of prompts"): (1 * 20, 2048),  # one trait is short; the teacher is asked 20 times at most
+        ("distill", "answers in the role"): ((3 + 3) * 4, 4096),
+        ("distill", "answers of its own"): ((3 + 3) * 4, 4096),
+        ("introspect", "reflections"): (10 * 7, 2048),
+        ("introspect", "turns of interactions"): (2 * 5 * 10, 1024),
+    }
+    counts = {part.stage: (part.count, part.rows * part.length) for part in made.stages.trainings}
+    assert counts == {"dpo": (24, 2048), "sft": (80, 3072)}
+    assert "stage sft" in made.title
+    # 80 transcripts in 20 batches of 2 on 2 GPUs, 16 of them a step; two epochs
+    assert (made.steps_per_epoch, made.steps, made.global_batch) == (2, 4, 64)
+    assert made.tokens_per_epoch == 80 * 3072
+    assert made.memory[0].logits == 4096 * 32768 * 8
+    assert count(made.parts, "base LM") == 8_030_261_248
+    # Rank 64: A and B of q, k, v, o, gate, up and down in 32 layers.
+    widths = (4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 14336) * 3
+    assert made.trainable == 64 * 32 * widths
+
+
+def test_the_stages_of_apc_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "ada.txt").write_text("Name: Ada\nJob: baker\nPet: a crow\nStreet: mill lane\n")
+    here = f"data.path={tmp_path / 'ada.txt'}"
+    made = plan(config("experiment=apc_gemma_7b", here, "trainer.gradient_checkpointing=true"))
+    assert made.stages
+    texts = {(part.stage, part.what): part.count for part in made.stages.texts}
+    assert texts == {
+        ("queries", "lists of queries"): 3,
+        ("labels", "verdicts on relevance"): 3 * 5,
+        ("labels", "triples of replies"): 9,
+        ("labels", "verdicts on replies"): 9 * 6,
+        ("pairs", "replies"): 9 * 2,
+    }
+    (training,) = made.stages.trainings
+    assert (training.count, training.rows, training.length) == (9, 2, 1536)
+    assert count(made.parts, "base LM") == 8_537_680_896
+    town = plan(config("experiment=town_apc", "data.train=2", "method.reward=judge"))
+    assert town.stages
+    kinds = [(part.stage, part.what) for part in town.stages.texts]
+    assert kinds == [("pairs", "replies"), ("pairs", "verdicts")]  # no discriminator, so nothing is labelled for one
+
+
+def test_stages_are_printed_and_prose_is_refused(tmp_path: Path) -> None:
+    out = io.StringIO()
+    plan(config("experiment=town_character")).print(Console(file=out, width=160))
+    assert "answers in the role" in out.getvalue() and "prompt tokens" not in out.getvalue()
+    (tmp_path / "wiki_Ada.txt").write_text("Ada was born in the harbour. She bakes.\n")
+    with pytest.raises(UserError, match="how many statements the text about Ada holds is not known"):
+        plan(config("experiment=apc_gemma_7b", f"data.path={tmp_path / 'wiki_Ada.txt'}"))
+
+
 # ---- what is said --------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ shapes, adding up every tensor that autograd keeps for the backward pass.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from rich.console import Console, Group
@@ -21,10 +21,19 @@ from persona.methods.finetune import FinetuneConfig, UserAdapters, linear_shapes
 from persona.methods.persona_plug import PersonaPlugConfig, UserEmbedder
 from persona.plan.models import META, MetaEncoder, checkpointed, count_kept, lm_activations, meta_lm
 from persona.plan.sizes import DataSize, data_size
+from persona.plan.stages import Work, has_plan, work
+from persona.training.lora import LoraSettings
 
 __all__ = ["Memory", "Part", "Plan", "memory", "plan"]
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TILE = (4096, 32768)  # tokens, words of the vocabulary: what TRL's fused head projects at a time
+ACCOUNTING = (
+    "one GPU, DDP: weights as loaded (+ bf16 copies of fp32 ones under autocast), AdamW 2 states, DDP buckets",
+    "ZeRO: weights and gradients in the training precision, AdamW 12 bytes per trained parameter / GPUs; "
+    "stage 2 divides gradients, stage 3 weights",
+    "not counted: CUDA context, communication buffers, fragmentation (leave 10 to 20 %)",
+)
 
 # ---- memory per GPU ------------------------------------------------------------------------------------------------
 
@@ -110,6 +119,7 @@ class Plan:
     tokens_per_step: int
     tokens_per_epoch: int
     notes: list[str]
+    stages: Work | None = None
 
     @property
     def parameters(self) -> int:
@@ -146,13 +156,33 @@ class Plan:
             ("steps", f"{self.steps:,} ({self.steps_per_epoch:,} per epoch)"),
             ("tokens per step", f"{self.tokens_per_step:,}"),
             ("tokens per epoch", f"{self.tokens_per_epoch:,}"),
-            ("prompt tokens", f"{size.prompt_mean:.0f} on average, {size.prompt_longest} in the memory estimate"),
-            ("reply tokens", f"{size.reply_mean:.0f} on average, {size.reply_longest} in the memory estimate"),
+            *(() if self.stages else _lengths(size)),
         ):
             work.add_row(name, value)
         if size.history_longest:
             work.add_row("items in a history", f"{size.history_mean:.0f} on average, {size.history_longest} at most")
-        return Group(sizes, needs, work, Text("\n".join(f"- {note}" for note in self.notes), style="dim"))
+        tables = [sizes, needs, work]
+        if self.stages:
+            todo = Table("stage", "what", "by", title="stages, at most", title_justify="left")
+            for name in ("count", "tokens each", "tokens"):
+                todo.add_column(name, justify="right")
+            for text in self.stages.texts:
+                todo.add_row(text.stage, text.what, text.by, *_product(text.count, text.tokens))
+            for training in self.stages.trainings:
+                each = training.rows * training.length
+                todo.add_row(training.stage, training.what, "trained on", *_product(training.count, each))
+            tables.append(todo)
+        return Group(*tables, Text("\n".join(f"- {note}" for note in self.notes), style="dim"))
+
+
+def _product(count: int, each: int) -> tuple[str, str, str]:
+    return f"{count:,}", f"{each:,}", f"{count * each:,}"
+
+
+def _lengths(size: DataSize) -> tuple[tuple[str, str], ...]:
+    prompt, reply = (size.prompt_mean, size.prompt_longest), (size.reply_mean, size.reply_longest)
+    told = [f"{mean:.0f} on average, {longest} in the memory estimate" for mean, longest in (prompt, reply)]
+    return ("prompt tokens", told[0]), ("reply tokens", told[1])
 
 
 def _gib(size: int) -> str:
@@ -165,31 +195,25 @@ def plan(cfg: TrainConfig) -> Plan:
     Loads no weight, and downloads nothing when `model.architecture` is given (or the model is a directory). Raises
     UserError when neither a config of the model nor a size of the data is to be had.
     """
+    if has_plan(cfg):
+        return _staged(cfg, work(cfg))
     if not isinstance(cfg.method, PersonaPlugConfig | FinetuneConfig):
-        raise UserError(f"plan=true knows persona_plug and finetune; method={cfg.method.name} has no plan")
+        raise UserError(f"plan=true knows methods that train a model; method={cfg.method.name} has no plan")
     size = data_size(cfg)
-    bf16 = cfg.trainer.precision == "bf16"
-    # Activations have the type that autocast computes in; on the meta device there is no autocast.
-    compute = torch.bfloat16 if bf16 else getattr(torch, cfg.model.dtype)
+    compute = _compute(cfg)
     lm = meta_lm(cfg.model.path, cfg.model.revision, cfg.model.architecture, compute)
     build = _plug if isinstance(cfg.method, PersonaPlugConfig) else _finetune
     parts, activations = build(cfg, lm, size, compute)
-    batch, gpus = cfg.trainer.batch_size, cfg.plan_gpus
+    batch = cfg.trainer.batch_size
     positions = size.reply_longest + (0 if lm.config.is_encoder_decoder else size.prompt_longest + _front(cfg))
     # The logits, their float32 copy, its log-softmax, and the gradient of the copy.
     logits = batch * positions * lm.get_output_embeddings().weight.shape[0] * (compute.itemsize + 12)
-    layouts = [("one GPU", 1)]
-    if gpus > 1:
-        layouts += [(name, gpus) for name in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")]
-    micro = math.ceil(size.samples / (batch * gpus))
-    per_epoch = math.ceil(micro / cfg.trainer.gradient_accumulation)
-    steps = cfg.trainer.max_steps if cfg.trainer.max_steps > 0 else math.ceil(cfg.trainer.epochs * per_epoch)
+    per_epoch, steps, global_batch = _steps(cfg, size.samples)
     per_sample = size.prompt_mean + size.reply_mean + _front(cfg)
-    global_batch = batch * gpus * cfg.trainer.gradient_accumulation
     return Plan(
         title=f"{cfg.method.name} on {cfg.model.path}",
         parts=parts,
-        memory=[memory(name, count, parts, bf16, activations, logits) for name, count in layouts],
+        memory=_layouts(cfg, parts, activations, logits),
         data=size,
         global_batch=global_batch,
         steps_per_epoch=per_epoch,
@@ -201,12 +225,68 @@ def plan(cfg: TrainConfig) -> Plan:
             f"activations: what autograd keeps of one forward of {batch} × the longest samples, counted on the meta "
             "device with attention matrices written out (a fused kernel keeps less)",
             "logits: batch × positions × vocabulary × (logits + float32 copy, log-softmax and gradient)",
-            "one GPU, DDP: weights as loaded (+ bf16 copies of fp32 ones under autocast), AdamW 2 states, DDP buckets",
-            "ZeRO: weights and gradients in the training precision, AdamW 12 bytes per trained parameter / GPUs; "
-            "stage 2 divides gradients, stage 3 weights",
-            "not counted: CUDA context, communication buffers, fragmentation (leave 10 to 20 %)",
+            *ACCOUNTING,
         ],
     )
+
+
+def _staged(cfg: TrainConfig, stages: Work) -> Plan:
+    """Memory of the heaviest training; its samples and tokens, all at most."""
+    heavy, compute = stages.heaviest, _compute(cfg)
+    lm = meta_lm(cfg.model.path, cfg.model.revision, cfg.model.architecture, compute)
+    size = DataSize(
+        heavy.count,
+        *(heavy.length - heavy.reply, heavy.length - heavy.reply, heavy.reply, heavy.reply),
+        *(0.0, 0, 0, stages.source),
+    )
+    rows = cfg.trainer.batch_size * heavy.rows
+    parts, activations = _lora(cfg, lm, cfg.method.lora, size, rows)
+    vocabulary = lm.get_output_embeddings().weight.shape[0]
+    # TRL's fused head holds one tile of logits in float32 at a time, and its gradient.
+    logits = min(rows * heavy.reply, TILE[0]) * min(vocabulary, TILE[1]) * 8
+    per_epoch, steps, global_batch = _steps(cfg, heavy.count)
+    return Plan(
+        title=f"{cfg.method.name} on {cfg.model.path}, stage {heavy.stage}",
+        parts=parts,
+        memory=_layouts(cfg, parts, activations, logits),
+        data=size,
+        global_batch=global_batch,
+        steps_per_epoch=per_epoch,
+        steps=steps,
+        tokens_per_step=global_batch * heavy.rows * heavy.length,
+        tokens_per_epoch=heavy.count * heavy.rows * heavy.length,
+        notes=[
+            f"data: {stages.source}; counts and lengths are the most there can be: filters and short texts take off",
+            f"activations: what autograd keeps of one forward of {rows} rows of {heavy.length} tokens, counted on the "
+            "meta device with attention matrices written out (a fused kernel keeps less)",
+            "logits: a tile of TRL's fused head, whatever the batch",
+            *ACCOUNTING,
+        ],
+        stages=stages,
+    )
+
+
+def _compute(cfg: TrainConfig) -> torch.dtype:
+    """The type of activations: what autocast computes in; on the meta device there is no autocast."""
+    return torch.bfloat16 if cfg.trainer.precision == "bf16" else getattr(torch, cfg.model.dtype)
+
+
+def _layouts(cfg: TrainConfig, parts: list[Part], activations: int, logits: int) -> list[Memory]:
+    gpus = cfg.plan_gpus
+    names = ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"] if gpus > 1 else []
+    bf16 = cfg.trainer.precision == "bf16"
+    return [
+        memory(name, count, parts, bf16, activations, logits)
+        for name, count in [("one GPU", 1), *((name, gpus) for name in names)]
+    ]
+
+
+def _steps(cfg: TrainConfig, samples: int) -> tuple[int, int, int]:
+    """Optimizer steps in an epoch and in all, and samples in each."""
+    trainer, each = cfg.trainer, cfg.trainer.batch_size * cfg.plan_gpus
+    per_epoch = math.ceil(math.ceil(samples / each) / trainer.gradient_accumulation)
+    steps = trainer.max_steps if trainer.max_steps > 0 else math.ceil(trainer.epochs * per_epoch)
+    return per_epoch, steps, each * trainer.gradient_accumulation
 
 
 def _front(cfg: TrainConfig) -> int:
@@ -220,9 +300,9 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _measure(cfg: TrainConfig, lm: nn.Module, size: DataSize, prefix: int | None) -> int:
+def _measure(cfg: TrainConfig, lm: nn.Module, size: DataSize, prefix: int | None, rows: int) -> int:
     def once() -> int:
-        return lm_activations(lm, cfg.trainer.batch_size, size.prompt_longest, size.reply_longest, prefix)
+        return lm_activations(lm, rows, size.prompt_longest, size.reply_longest, prefix)
 
     return checkpointed(lm, once) if cfg.trainer.gradient_checkpointing else once()
 
@@ -248,7 +328,7 @@ def _plug(cfg: TrainConfig, lm: nn.Module, size: DataSize, compute: torch.dtype)
         counts[key] = counts.get(key, 0) + parameter.numel()
     parts += [Part(names.get(name, name), count, trained, 4) for (name, trained), count in counts.items()]
     lm.train(method.lm_dropout or method.compat == "reference")
-    kept = _measure(cfg, lm, size, _front(cfg))
+    kept = _measure(cfg, lm, size, _front(cfg), batch)
     if method.user_tokens:
         items = torch.empty(batch * max(1, size.history_longest), encoder.dim, device=META, dtype=compute)
         kept += count_kept(embedder.project, lambda: embedder.project(items))
@@ -270,22 +350,28 @@ def _finetune(cfg: TrainConfig, lm: nn.Module, size: DataSize, compute: torch.dt
             Part("base LM, trained copy", total, True, each),
             Part("base LM, as it was", total, False, each, False),
         ]
-        return parts, _measure(cfg, lm, size, None)
-    from peft import LoraConfig, inject_adapter_in_model
-
+        return parts, _measure(cfg, lm, size, None, cfg.trainer.batch_size)
     users = None
     if method.mode == "user_lora":
         with META:
             users = _numel(UserAdapters(linear_shapes(lm), size.users, method.r, method.lora_alpha))
-    targets = method.target_modules if method.mode == "lora" else sorted(linear_shapes(lm))
-    if targets == "all-linear":
-        targets = sorted(linear_shapes(lm))
-    lora = LoraConfig(
-        r=method.r, lora_alpha=method.lora_alpha, lora_dropout=method.lora_dropout, target_modules=targets
-    )
+    targets = method.target_modules if method.mode == "lora" else "all-linear"
+    settings = LoraSettings(method.r, method.lora_alpha, method.lora_dropout, targets)
+    (frozen, one), kept = _lora(cfg, lm, settings, size, cfg.trainer.batch_size)
+    if users is None:
+        return [frozen, one], kept
+    return [frozen, Part(f"LoRA adapters of {size.users:,} users", users, True, 4)], kept
+
+
+def _lora(cfg: TrainConfig, lm: nn.Module, lora: LoraSettings, size: DataSize, rows: int) -> tuple[list[Part], int]:
+    """A frozen LM under one adapter; activations of a forward of `rows` rows."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    total, settings = _numel(lm), asdict(lora)
+    if settings["target_modules"] == "all-linear":
+        settings["target_modules"] = sorted(linear_shapes(lm))
     lm.requires_grad_(False).train()
-    adapted = inject_adapter_in_model(lora, lm, low_cpu_mem_usage=True)
+    adapted = inject_adapter_in_model(LoraConfig(**settings), lm, low_cpu_mem_usage=True)
     one = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    name = "LoRA adapter" if users is None else f"LoRA adapters of {size.users:,} users"
-    parts = [Part("base LM", total, False, each), Part(name, one if users is None else users, True, 4)]
-    return parts, _measure(cfg, adapted, size, None)
+    parts = [Part("base LM", total, False, BYTES[cfg.model.dtype]), Part("LoRA adapter", one, True, 4)]
+    return parts, _measure(cfg, adapted, size, None, rows)
