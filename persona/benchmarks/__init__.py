@@ -27,11 +27,12 @@ BENCHMARKS = {
     "coherence": "persona.benchmarks.coherence",
     "revealed_preferences": "persona.benchmarks.revealed_preferences",
     "town_tasks": "persona.benchmarks.town_tasks",
+    "town_traits": "persona.benchmarks.town_traits",
     "lm_eval": "persona.benchmarks.lm_eval",
 }
-OVER_PEOPLE = ("lamp", "town", "apc", "character", "coherence")
+OVER_PEOPLE = ("lamp", "town", "town_traits", "apc", "character", "coherence")
 # Left out of benchmark=all: over people of their own kind, or with tasks to be named.
-NOT_IN_ALL = ("apc", "character", "coherence", "lm_eval")
+NOT_IN_ALL = ("apc", "character", "coherence", "town_traits", "lm_eval")
 
 
 @dataclass

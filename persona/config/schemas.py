@@ -27,7 +27,16 @@ from persona.benchmarks.personamem import PersonaMemConfig
 from persona.benchmarks.revealed_preferences import RevealedPreferencesConfig
 from persona.benchmarks.rmtbench import RMTBenchConfig
 from persona.benchmarks.town_tasks import TownTasksConfig
-from persona.data import BiographyConfig, ConstitutionConfig, DataConfig, TownCharactersConfig, TownConfig
+from persona.benchmarks.town_traits import TownTraitsConfig
+from persona.data import (
+    BiographyConfig,
+    ConstitutionConfig,
+    DataConfig,
+    SituationsConfig,
+    TownCharactersConfig,
+    TownConfig,
+    TownSituationsConfig,
+)
 from persona.evaluation.endpoints.endpoint import EndpointConfig
 from persona.lm.load import ModelConfig
 from persona.methods.apc.config import APCConfig, DiscriminatorConfig
@@ -103,8 +112,10 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_biography": BiographyConfig,
         "base_constitution": ConstitutionConfig,
         "base_data": DataConfig,
+        "base_situations": SituationsConfig,
         "base_town": TownConfig,
         "base_town_characters": TownCharactersConfig,
+        "base_town_situations": TownSituationsConfig,
     },
     "method": {
         "base_apc": APCConfig,
@@ -129,6 +140,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_revealed_preferences": RevealedPreferencesConfig,
         "base_rmtbench": RMTBenchConfig,
         "base_town_tasks": TownTasksConfig,
+        "base_town_traits": TownTraitsConfig,
     },
     "teacher": {"base_role": RoleConfig},
     "reference": {"base_role": RoleConfig},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from persona.data import biography, constitution, jsonl, lamp, town
+from persona.data import biography, constitution, jsonl, lamp, situations, town
 from persona.data import lamp_tasks as lamp_tasks  # registers LaMP's tasks
 from persona.data.base import DataConfig, People, Task, register, task
 from persona.data.biography import BiographyConfig
 from persona.data.constitution import ConstitutionConfig
-from persona.data.town import TownCharactersConfig, TownConfig
+from persona.data.situations import SituationsConfig
+from persona.data.town import TownCharactersConfig, TownConfig, TownSituationsConfig
 from persona.errors import UserError
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "ConstitutionConfig",
     "DataConfig",
     "People",
+    "SituationsConfig",
     "Task",
     "TownCharactersConfig",
     "TownConfig",
+    "TownSituationsConfig",
     "load",
     "register",
     "task",
@@ -28,12 +31,25 @@ READERS = {
     "jsonl": jsonl.load,
     "biography": biography.load,
     "constitution": constitution.load,
+    "situations": situations.load,
     "town": town.load,
     "town_characters": town.load_characters,
+    "town_situations": town.load_situations,
 }
 
 
-def load(cfg: DataConfig | BiographyConfig | ConstitutionConfig | TownConfig | TownCharactersConfig) -> People:
+Config = (
+    BiographyConfig
+    | ConstitutionConfig
+    | DataConfig
+    | SituationsConfig
+    | TownCharactersConfig
+    | TownConfig
+    | TownSituationsConfig
+)
+
+
+def load(cfg: Config) -> People:
     """The people that `cfg` names. Raises UserError for an unknown reader or bad input."""
     if cfg.name not in READERS:
         raise UserError(f"data.name is {cfg.name!r}; it should be one of {', '.join(READERS)}")

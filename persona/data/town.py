@@ -1,4 +1,4 @@
-"""The town's residents as people with tasks: talk in their voice, rate a thing, tag a thing."""
+"""The town as people with tasks: residents to talk, rate and tag like, characters to play, situations to fit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from persona.data.base import People, Task, register
+from persona.data.situations import TRAITS, expert_vector, metadata
 from persona.town import people as town_people
-from persona.town import sentences
-from persona.types import HistoryItem
+from persona.town import sentences, situations
+from persona.types import HistoryItem, Message, Persona, Sample
 
 
 @dataclass
@@ -38,6 +39,21 @@ class TownCharactersConfig:
     test: int = 20
     questions: int = 16
     held_out: int = 8
+
+
+@dataclass
+class TownSituationsConfig:
+    """Situations that call for traits by a convention that the LM does not know, and the share `neutral` of questions
+    that call for nothing (persona/town/situations.py). `with_truth` writes what is called for into each persona's
+    statements, where only prompt personalizers look: the upper bound of a table, not something to learn from."""
+
+    name: str = "town_situations"
+    seed: int = 0
+    train: int = 480
+    dev: int = 60
+    test: int = 300
+    neutral: float = 0.2
+    with_truth: bool = False
 
 
 def _join(snippets: Sequence[str], prompt: str) -> str:
@@ -89,6 +105,7 @@ TASKS = {
     "town_rating": _task("town_rating", "rating", town_people.RATINGS, ("mae", "accuracy"), _rating_example),
     "town_tag": _task("town_tag", "classification", town_people.TAGS, ("accuracy",), _tag_example),
     "town_interview": _task("town_interview", "generation", (), (), _reply_example),
+    "town_situation": _task("town_situation", "generation", (), (), _reply_example),
 }
 
 
@@ -113,3 +130,21 @@ def load_characters(config: TownCharactersConfig) -> People:
         config.seed, config.train, config.test, questions=config.questions, held_out=config.held_out
     )
     return People("town_characters", TASKS, town.train, town.dev, town.test)
+
+
+def load_situations(config: TownSituationsConfig) -> People:
+    """Situations and neutral questions; raises UserError for more of them than the town has."""
+    town = situations.situations(config.seed, config.train, config.dev, config.test, config.neutral)
+    splits = {
+        split: tuple(_situation(f"{split}/{n}", one, config.with_truth) for n, one in enumerate(found))
+        for split, found in town.items()
+    }
+    return People("town_situations", TASKS, splits["train"], splits["dev"], splits["test"])
+
+
+def _situation(id: str, one: situations.Situation, with_truth: bool) -> Sample:
+    traits = {letter: one.calls.get(trait, 0) for letter, trait in TRAITS.items()}
+    told = tuple(situations.wish(trait, level) for trait, level in one.calls.items())
+    persona = Persona(id, statements=told) if with_truth else None
+    notes = metadata(traits, expert_vector(traits), "town") | {"kind": one.kind}
+    return Sample(id, (Message("user", one.question),), one.reply, persona, None, "town_situation", notes)

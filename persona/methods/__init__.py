@@ -21,6 +21,7 @@ PERSONALIZERS = {
     "user_lora": "persona.methods.finetune:UserLoRA",
     "description": "persona.methods.prompt:Description",
     "retrieval": "persona.methods.prompt:Retrieval",
+    "system_prompt": "persona.methods.prompt:SystemPrompt",
     "apc": "persona.methods.apc:APC",
     "statements": "persona.methods.statements:Statements",
     "constitution": "persona.methods.statements:Constitution",

@@ -1,4 +1,4 @@
-"""Personalizers of the first door: a persona's description as system prompt, and retrieved history in the prompt.
+"""Personalizers of the first door: a system prompt, fixed or a persona's description, and retrieved history.
 
 `Retrieval` is LaMP's in-prompt augmentation (reference/lamp.md §3.1, §3.2): rank the items of the persona's history
 against the query, write the best k into the prompt in the task's words, cut to a budget of tokens. `compat:
@@ -60,6 +60,34 @@ class Description(Personalizer):
         if config:
             raise UserError(f"personalizer description has no settings, but got {', '.join(config)}")
         return cls()
+
+
+@dataclass
+class SystemPromptConfig:
+    """`text`: what every request is told."""
+
+    text: str = ""
+
+
+class SystemPrompt(Personalizer):
+    """One system prompt for all requests, in front of one that is there already. Raises UserError for an empty one."""
+
+    method = "system_prompt"
+
+    def __init__(self, config: SystemPromptConfig) -> None:
+        if not config.text.strip():
+            raise UserError("personalizer system_prompt has no text: {system_prompt: {text: …}} sets it")
+        self.settings = config
+
+    def prompt(self, requests: Sequence[Request]) -> list[Request]:
+        return [with_system(request, self.settings.text) for request in requests]
+
+    def config(self) -> dict[str, Any]:
+        return asdict(self.settings)
+
+    @classmethod
+    def load(cls, folder: Path, config: dict[str, Any], base: BaseLM) -> SystemPrompt:
+        return cls(settings(SystemPromptConfig, cls.method, config))
 
 
 def with_system(request: Request, text: str) -> Request:

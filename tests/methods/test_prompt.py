@@ -11,6 +11,7 @@ from persona.data import task
 from persona.data.base import Task, plain_task
 from persona.encoders import Encoder, EncoderConfig
 from persona.errors import UserError
+from persona.methods import load_personalizer
 from persona.methods.prompt import Description, Retrieval, RetrievalConfig, describe
 from persona.methods.prompt_budget import TokenizerTokens, augment
 from persona.methods.ranking import bm25_scores, by_chance, by_recency
@@ -223,6 +224,16 @@ def test_description_is_the_system_prompt():
     assert both.messages == (Message("system", f"{describe(persona)}\n\nbe brief"), Message("user", "hi"))
     nobody = [Request((Message("user", "hi"),)), request("hi")]
     assert Description().prompt(nobody) == nobody
+
+
+def test_a_fixed_system_prompt_stands_in_front(llama, tmp_path):
+    prompt = load_personalizer({"system_prompt": {"text": "be kind ."}}, llama)
+    (alone, both) = prompt.prompt([request("hi"), request("hi", system="be brief")])
+    assert alone.messages == (Message("system", "be kind ."), Message("user", "hi"))
+    assert both.messages[0].content == "be kind .\n\nbe brief" and prompt.config() == {"text": "be kind ."}
+    for config, sentence in (({}, "has no text"), ({"txt": "be kind ."}, "no setting 'txt'; did you mean text?")):
+        with pytest.raises(UserError, match=sentence):
+            load_personalizer({"system_prompt": config}, llama)
 
 
 def test_description_has_no_settings(llama, tmp_path):
