@@ -2,6 +2,7 @@
 
 axis.py         vectors of roles, the axis of every layer, persona space, and how sure the direction is
 calibration.py  where a cap lies: floors from projections of rollouts, bands of layers, the Pareto front
+interchange.py  published files and other programs' files, read and written
 """
 
 from __future__ import annotations
