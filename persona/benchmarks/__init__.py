@@ -22,6 +22,7 @@ BENCHMARKS = {
     "personafeedback": "persona.benchmarks.personafeedback",
     "personaeval": "persona.benchmarks.personaeval",
     "rmtbench": "persona.benchmarks.rmtbench",
+    "emobench": "persona.benchmarks.emobench",
     "apc": "persona.benchmarks.apc",
     "character": "persona.benchmarks.character",
     "coherence": "persona.benchmarks.coherence",

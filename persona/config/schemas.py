@@ -18,6 +18,8 @@ from persona.benchmarks import AllConfig, BenchmarkConfig, FileBenchmarkConfig, 
 from persona.benchmarks.apc import APCBenchmarkConfig
 from persona.benchmarks.character import CharacterConfig, QuestionsConfig
 from persona.benchmarks.coherence import CoherenceConfig
+from persona.benchmarks.emobench import LANGUAGES, EmoBenchConfig
+from persona.benchmarks.emobench import MODES as CHOICE_MODES
 from persona.benchmarks.lm_eval import LmEvalConfig
 from persona.benchmarks.persobench import PersoBenchConfig
 from persona.benchmarks.personaeval import PersonaEvalConfig
@@ -131,6 +133,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_apc": APCBenchmarkConfig,
         "base_character": CharacterConfig,
         "base_coherence": CoherenceConfig,
+        "base_emobench": EmoBenchConfig,
         "base_lm_eval": LmEvalConfig,
         "base_persobench": PersoBenchConfig,
         "base_personaeval": PersonaEvalConfig,
@@ -164,6 +167,7 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     PeopleBenchmarkConfig: {"split": ("train", "dev", "test")},
     APCBenchmarkConfig: {"split": ("train", "dev", "test"), "compat": (None, "reference")},
     FileBenchmarkConfig: {"compat": (None, "reference")},
+    EmoBenchConfig: {"language": LANGUAGES, "mode": CHOICE_MODES},
     PersoBenchConfig: {"mode": ("vanilla", "cot")},
     PersonaEvalConfig: {"mode": ("text", "likelihood")},
     PersonaFeedbackConfig: {"mode": ("answer", "likelihood", "reward"), "access": ("profile", "none")},
