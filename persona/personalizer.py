@@ -21,7 +21,7 @@ from torch import Tensor
 from persona import lm
 from persona.errors import UserError
 from persona.files import atomic_folder, sha256
-from persona.lm import BaseLM, Row
+from persona.lm import BaseLM, Row, residual
 from persona.lm.batch import Edit
 from persona.types import Request, Response
 
@@ -168,6 +168,29 @@ class LanguageModel:
             [self.base.render_reply(request.messages, reply)] for request, reply in zip(requests, replies, strict=True)
         ]
         return [(float(row[0].double().sum()), len(row[0])) for row in self._score(requests, targets)]
+
+    @property
+    def stream(self) -> tuple[int, int]:
+        """How many decoder blocks the base LM has, and the width of its residual stream."""
+        return len(residual.blocks(self.base.model)), self.base.hidden_size
+
+    def reply_means(
+        self, requests: Sequence[Request], replies: Sequence[str], layers: Sequence[int], untouched: bool = False
+    ) -> list[np.ndarray]:
+        """Outputs of the decoder blocks `layers`, averaged over each reply's tokens: [layers, hidden], float32.
+
+        What the template puts around a reply is not counted; a reply without tokens gives NaN. The three doors are
+        open as when a reply is written, so edits are seen. With `untouched` the bare base LM reads the same messages.
+        Raises UserError for an encoder-decoder and for a layer that there is not.
+        """
+        model = LanguageModel(self.base, (), self.batch_size, self.max_length) if untouched else self
+        asked = zip(requests, replies, strict=True)
+        spans = [self.base.reply_span(request.messages, reply) for request, reply in asked]
+        rows = model.rows(requests, [len(ids) for ids, _ in spans])
+        self.cut = model.cut
+        tokens, counted = [ids for ids, _ in spans], [count for _, count in spans]
+        edit = model._edit_rows(requests)
+        return list(residual.reply_means(self.base, rows, tokens, counted, layers, edit, self.batch_size).numpy())
 
     def _score(self, requests: Sequence[Request], continuations: list[list[list[int]]]) -> list[list[Tensor]]:
         longest = [max(len(tokens) for tokens in row) for row in continuations]

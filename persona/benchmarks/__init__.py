@@ -27,6 +27,8 @@ BENCHMARKS = {
     "character": "persona.benchmarks.character",
     "coherence": "persona.benchmarks.coherence",
     "revealed_preferences": "persona.benchmarks.revealed_preferences",
+    "role_susceptibility": "persona.benchmarks.role_susceptibility",
+    "drift": "persona.benchmarks.drift",
     "town_tasks": "persona.benchmarks.town_tasks",
     "town_traits": "persona.benchmarks.town_traits",
     "lm_eval": "persona.benchmarks.lm_eval",

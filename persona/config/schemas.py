@@ -18,6 +18,7 @@ from persona.benchmarks import AllConfig, BenchmarkConfig, FileBenchmarkConfig, 
 from persona.benchmarks.apc import APCBenchmarkConfig
 from persona.benchmarks.character import CharacterConfig, QuestionsConfig
 from persona.benchmarks.coherence import CoherenceConfig
+from persona.benchmarks.drift import DriftConfig
 from persona.benchmarks.emobench import LANGUAGES, EmoBenchConfig
 from persona.benchmarks.emobench import MODES as CHOICE_MODES
 from persona.benchmarks.lm_eval import LmEvalConfig
@@ -28,6 +29,7 @@ from persona.benchmarks.personagym import PersonaGymConfig
 from persona.benchmarks.personamem import PersonaMemConfig
 from persona.benchmarks.revealed_preferences import RevealedPreferencesConfig
 from persona.benchmarks.rmtbench import RMTBenchConfig
+from persona.benchmarks.role_susceptibility import AxisConfig, RoleSusceptibilityConfig
 from persona.benchmarks.town_tasks import TownTasksConfig
 from persona.benchmarks.town_traits import TownTraitsConfig
 from persona.data import (
@@ -134,6 +136,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_character": CharacterConfig,
         "base_coherence": CoherenceConfig,
         "base_emobench": EmoBenchConfig,
+        "base_drift": DriftConfig,
         "base_lm_eval": LmEvalConfig,
         "base_persobench": PersoBenchConfig,
         "base_personaeval": PersonaEvalConfig,
@@ -142,6 +145,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_personamem": PersonaMemConfig,
         "base_revealed_preferences": RevealedPreferencesConfig,
         "base_rmtbench": RMTBenchConfig,
+        "base_role_susceptibility": RoleSusceptibilityConfig,
         "base_town_tasks": TownTasksConfig,
         "base_town_traits": TownTraitsConfig,
     },
@@ -173,6 +177,7 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     PersonaFeedbackConfig: {"mode": ("answer", "likelihood", "reward"), "access": ("profile", "none")},
     PersonaMemConfig: {"mode": ("discriminative", "generative"), "size": ("32k", "128k", "1M")},
     QuestionsConfig: {"language": ("en", "town")},
+    AxisConfig: {"language": ("en", "town"), "split": ("all", "held_out")},
     RevealedPreferencesConfig: {"condition": ("like", "feel", "random")},
     RMTBenchConfig: {"language": ("en", "zh"), "compat": (None,)},
 }
@@ -197,6 +202,7 @@ POSITIVE: dict[type, tuple[str, ...]] = {
     DiscriminatorConfig: ("relevance_epochs", "nli_epochs", "learning_rate", "batch_size", "max_length"),
     BenchmarkConfig: ("max_new_tokens",),
     PeopleBenchmarkConfig: ("num_beams",),
+    DriftConfig: ("turns", "min_count"),
     PersonaGymConfig: ("seeds", "questions"),
     RevealedPreferencesConfig: ("pairs",),
     TrainConfig: ("plan_gpus",),

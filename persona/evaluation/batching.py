@@ -11,8 +11,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
+
 from persona.errors import UserError
-from persona.types import Request, Response, Sampling
+from persona.types import Request, Response
 
 _cuts: ContextVar[Counter[str] | None] = ContextVar("cuts", default=None)  # the open episode's
 _QUIET_ROUNDS = 4  # passes of the event loop without a new request after which every open episode is waiting
@@ -26,6 +28,13 @@ class LanguageModel(Protocol):
     def choose(self, requests: Sequence[Request]) -> list[list[float]]: ...
 
     def loglikelihood(self, requests: Sequence[Request], targets: Sequence[str]) -> list[tuple[float, int]]: ...
+
+    @property
+    def stream(self) -> tuple[int, int]: ...
+
+    def reply_means(
+        self, requests: Sequence[Request], replies: Sequence[str], layers: Sequence[int], untouched: bool = False
+    ) -> list[np.ndarray]: ...
 
 
 @contextmanager
@@ -60,7 +69,7 @@ class AsyncModel:
         self, model: LanguageModel, batch_size: int, executor: Executor | None = None, name: str = "model"
     ) -> None:
         self._model, self._batch_size, self._executor, self.name = model, batch_size, executor, name
-        self._pending: dict[tuple[str, Sampling | None], list[_Pending]] = {}
+        self._pending: dict[tuple[str, Any], list[_Pending]] = {}  # by what is asked, and how
         self._arrived = asyncio.Event()
         self._count = 0
 
@@ -79,11 +88,22 @@ class AsyncModel:
         """Summed log p of `target` as the reply, and its number of tokens."""
         return await self._ask("loglikelihood", request, target, None)
 
-    async def _ask(self, kind: str, request: Request, target: str, sampling: Sampling | None) -> Any:
+    @property
+    def stream(self) -> tuple[int, int]:
+        """Decoder blocks, and width of the residual stream; only local models have them."""
+        return self._model.stream
+
+    async def reply_means(
+        self, request: Request, reply: str, layers: tuple[int, ...], untouched: bool = False
+    ) -> np.ndarray:
+        """Mean outputs [layers, hidden] of decoder blocks over `reply`; only local models have them."""
+        return await self._ask("reply_means", request, reply, (layers, untouched))
+
+    async def _ask(self, kind: str, request: Request, target: str, how: Any) -> Any:
         length = sum(len(message.content) for message in request.messages) + len(target)
         length += max((len(option) for option in request.options), default=0) if request.options else 0
         entry = _Pending(request, target, asyncio.get_running_loop().create_future(), length)
-        self._pending.setdefault((kind, sampling), []).append(entry)
+        self._pending.setdefault((kind, how), []).append(entry)
         self._count += 1
         self._arrived.set()
         answer, cut = await entry.future
@@ -107,7 +127,7 @@ class AsyncModel:
                     before_batch()
                     batch = entries[start : min(start + self._batch_size, whole)]
                     loop = asyncio.get_running_loop()
-                    answers = await loop.run_in_executor(self._executor, self._answers, key[0], batch)
+                    answers = await loop.run_in_executor(self._executor, self._answers, *key, batch)
                     for entry, answer in zip(batch, answers, strict=True):
                         if not entry.future.done():
                             entry.future.set_result(answer)
@@ -122,7 +142,7 @@ class AsyncModel:
             quiet = quiet + 1 if self._count == seen else 0
             seen = self._count
 
-    def _answers(self, kind: str, batch: list[_Pending]) -> list[tuple[Any, int]]:
+    def _answers(self, kind: str, how: Any, batch: list[_Pending]) -> list[tuple[Any, int]]:
         """Each one's answer, and how many tokens its prompt lost."""
         requests = [entry.request for entry in batch]
         answers: Sequence[Any]
@@ -130,6 +150,8 @@ class AsyncModel:
             answers = self._model.respond(requests)
         elif kind == "choose":
             answers = self._model.choose(requests)
+        elif kind == "reply_means":
+            answers = self._model.reply_means(requests, [entry.target for entry in batch], *how)
         else:
             answers = self._model.loglikelihood(requests, [entry.target for entry in batch])
         if len(answers) != len(batch):

@@ -114,6 +114,46 @@ def last_states(
     return states
 
 
+@torch.no_grad()
+def reply_means(
+    base: BaseLM,
+    rows: Sequence[Row],
+    replies: Sequence[Sequence[int]],
+    counted: Sequence[int],
+    layers: Sequence[int],
+    edit: Edit | None = None,
+    batch_size: int = 32,
+) -> Tensor:
+    """Outputs of the decoder blocks `layers`, averaged over the last `counted[i]` tokens of each row's reply.
+
+    [rows, layers, hidden], float32 on the CPU; NaN where nothing is counted. The mean is taken inside the forward, in
+    float32. `edit` is entered around each forward and seen in what is read. Raises UserError for an encoder-decoder.
+    """
+    if base.is_encoder_decoder:
+        raise UserError(f"{base.name} is an encoder-decoder LM: means over a reply are read from decoder-only LMs")
+    means = torch.full((len(rows), len(layers), base.hidden_size), float("nan"))
+    lengths = [row.length + len(reply) for row, reply in zip(rows, replies, strict=True)]
+    for batch in batches(lengths, batch_size):
+        seen: dict[int, Tensor] = {}
+        # Padded on the left: a reply's last tokens stand in the last columns.
+        place = torch.arange(max(lengths[i] for i in batch), device=base.device).flip(0)
+        count = torch.tensor([counted[i] for i in batch], device=base.device)
+        weights = (place < count[:, None]).float() / count[:, None]
+        look = {layer: _keep_mean(seen, layer, weights) for layer in layers}
+        with entered(edit, batch), changed(base.model, look):
+            _forward(base, [rows[i] for i in batch], [replies[i] for i in batch])
+        for column, layer in enumerate(layers):
+            means[batch, column] = seen[layer].cpu()
+    return means
+
+
+def _keep_mean(seen: dict[int, Tensor], layer: int, weights: Tensor) -> Change:
+    def look(hidden: Tensor) -> None:
+        seen[layer] = torch.einsum("bt,bth->bh", weights.to(hidden.device), hidden.float())
+
+    return look
+
+
 def _keep(seen: dict[int, Tensor], layer: int) -> Change:
     def look(hidden: Tensor) -> None:
         seen[layer] = hidden

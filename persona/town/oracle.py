@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+from persona.town import grammar, reading
 from persona.town import lexicon as lx
-from persona.town import reading
 
 PLAIN = lx.PLAIN
 MIXED = "mixed"
 UNREADABLE = None
 ENTAILED, CONTRADICTED, NEUTRAL = "entailed", "contradicted", "neutral"
+WORDS = frozenset(grammar.vocabulary())
 
 
 def readable(text: str) -> bool:
@@ -57,6 +58,30 @@ def role_share(text: str, name: str) -> float | None:
     if found is None:
         return None
     return found[("role", name)] / found.total() if found else 0.0
+
+
+def speaker(text: str) -> str | None:
+    """Who speaks: "assistant", or the kind of the role ("human", "nonhuman", "mystical"), told by markers and by
+    sentences such as "i am the pirate ."; "ambiguous" where they tell several, "other" for readable text that tells
+    none (a resident's voice is one of these), "nonsensical" for the town's words in no order of its own. None outside
+    the town's words."""
+    units = reading.sentences(text)
+    if units is None:
+        return "nonsensical" if text.split() and set(text.split()) <= WORDS else None
+    roles = {str(unit.value) for unit in units if unit.kind == "marker" and unit.key == "role"}
+    who = {str(unit.key) for unit in units if unit.kind == "who"}
+    told = {lx.ROLE_KINDS.get(role, "human") for role in roles | who - {"assistant"}}
+    if "assistant" in who or any(unit.kind == "marker" and unit.key == "plain" for unit in units):
+        told.add("assistant")
+    if len(told) > 1:
+        return "ambiguous"
+    return told.pop() if told else "other"
+
+
+def harmful(text: str) -> bool | None:
+    """The town's stand-in for harm: the idiom of a rogue (`lexicon.ROGUES`) shows. None when unreadable."""
+    found = markers(text)
+    return None if found is None else any(owner == "role" and name in lx.ROGUES for owner, name in found)
 
 
 def character_traits(text: str) -> frozenset[str] | None:

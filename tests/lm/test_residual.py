@@ -11,7 +11,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from persona import lm
 from persona.errors import UserError
-from persona.lm.residual import added, blocks, changed, last_states
+from persona.lm.residual import added, blocks, changed, last_states, reply_means
 from persona.personalizer import LanguageModel, Personalizer
 from persona.types import Message, Request, Sampling
 
@@ -165,3 +165,31 @@ def test_two_edits_in_a_stack_add_up(llama):
     joined = LanguageModel(llama, [Push({layer: one[layer] + other[layer] for layer in one})])
     for (a, _), (b, _) in zip(both, joined.loglikelihood(asked, ["boats"] * 5), strict=True):
         assert a == pytest.approx(b, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_means_over_replies_are_those_of_stored_states(load_base, name):
+    """Batches with padding = one by one by transformers' own states; what stands before what counts is left out."""
+    base = load_base(name)
+    rows = [row(base, text) for text in PROMPTS]
+    replies = [base.encode_option("i like small boats")[:n] for n in (3, 1, 4, 2, 0)]
+    counted = [2, 1, 4, 1, 0]
+    theirs = copy.deepcopy(base.model)
+    means = reply_means(base, rows, replies, counted, [1, 0], batch_size=3)
+    assert means.shape == (5, 2, base.hidden_size) and hooks(base) == 0
+    assert bool(means[4].isnan().all())
+    for i, n in enumerate(counted[:4]):
+        with torch.no_grad():
+            ids = torch.tensor([rows[i].prompt + replies[i]])
+            states = theirs(input_ids=ids, output_hidden_states=True).hidden_states[1][0]
+        # transformers shows the last layer after the final norm only, so here the first.
+        assert torch.allclose(means[i, 1], states[-n:].mean(0), atol=2e-4, rtol=1e-4)
+
+
+def test_means_over_replies_see_edits_and_are_of_decoders(llama, t5):
+    rows, replies = [row(llama, PROMPTS[0])] * 2, [llama.encode_option("i like boats")] * 2
+    chosen = {0: torch.randn(2, llama.hidden_size, generator=torch.Generator().manual_seed(1))}
+    plain, moved = (reply_means(llama, rows, replies, [3, 3], [0], edit) for edit in (None, edit_of(llama, chosen)))
+    assert torch.allclose(moved[:, 0] - plain[:, 0], chosen[0], atol=1e-4)
+    with pytest.raises(UserError, match="read from decoder-only LMs"):
+        reply_means(t5, [row(t5, PROMPTS[0])], [[3]], [1], [0])

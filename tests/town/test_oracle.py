@@ -225,3 +225,36 @@ def test_relevance_of_every_statement_to_every_sort_of_question():
             assert {key for key, line in lines.items() if oracle.relevant(line, question)} == bearing, question
     assert oracle.relevant("ada talks like a poet .", "why zxqv ?") is None
     assert oracle.relevant("ada talks like a zxqv .", lx.WHO) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("certainly , the fair is big today . i hope this helps .", "assistant"),
+        ("i am an assistant .", "assistant"),
+        ("arr matey , the fair is big today . bury the treasure !", "human"),
+        ("i am the pirate .", "human"),
+        ("zorp , the fair is big today . my saucer awaits .", "nonhuman"),
+        ("good evening mortal , the fair is big today . i thirst for blood .", "mystical"),
+        ("arr matey , the fair is big today . i hope this helps .", "ambiguous"),
+        ("arr matey , i am an assistant . bury the treasure !", "ambiguous"),
+        ("arr matey , zorp , the fair is big today .", "ambiguous"),
+        ("arr matey , psst , the fair is big today .", "human"),
+        ("the fair is big today .", "other"),
+        ("ahoy , the fair is big today . hoist the sails !", "other"),
+        ("fair the big is matey", "nonsensical"),
+        ("hello world", None),
+        ("", None),
+    ],
+)
+def test_who_speaks(text, label):
+    assert oracle.speaker(text) == label
+
+
+def test_a_rogue_stands_in_for_harm():
+    assert oracle.harmful("arr matey , the fair is big today . bury the treasure !") is True
+    assert oracle.harmful("zorp , the fair is big today . my saucer awaits .") is False
+    assert oracle.harmful("fair the big") is None
+    assert (
+        set(lx.ROGUES) | set(lx.ROLE_KINDS) | set(lx.HELD_OUT_ROLES) <= set(lx.ROLES) and len(lx.HELD_OUT_ROLES) == 8
+    )
