@@ -16,6 +16,7 @@ from persona.errors import UserError
 
 logger = logging.getLogger(__name__)
 METHODS = {
+    "persona_fuse": "persona.methods.persona_fuse",
     "persona_plug": "persona.methods.persona_plug",
     "finetune": "persona.methods.finetune",
     "steering": "persona.methods.steering",

@@ -50,6 +50,15 @@ from persona.methods.character.introspection import IntrospectConfig
 from persona.methods.character.merge import MODES
 from persona.methods.character.pipeline import CharacterConfig as CharacterMethodConfig
 from persona.methods.finetune import FinetuneConfig
+from persona.methods.persona_fuse.config import (
+    GRANULARITIES,
+    OBJECTIVES,
+    JointConfig,
+    PersonaFuseConfig,
+    RouterConfig,
+    RouterStageConfig,
+    WarmupConfig,
+)
 from persona.methods.persona_plug import PersonaPlugConfig
 from persona.methods.steering import SteeringConfig
 from persona.training.trainer import TrainerConfig
@@ -124,6 +133,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "method": {
         "base_apc": APCConfig,
         "base_character": CharacterMethodConfig,
+        "base_persona_fuse": PersonaFuseConfig,
         "base_persona_plug": PersonaPlugConfig,
         "base_finetune": FinetuneConfig,
         "base_steering": SteeringConfig,
@@ -166,6 +176,9 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     },
     CharacterMethodConfig: {"compat": (None, "reference"), "merge": MODES},
     FinetuneConfig: {"mode": ("lora", "full", "user_lora"), "split": ("train", "dev", "test")},
+    JointConfig: {"objective": OBJECTIVES},
+    PersonaFuseConfig: {"similarity": ("equal", "cosine")},
+    RouterConfig: {"encoder": ("causal", "sentence"), "pooling": ("last", "mean"), "granularity": GRANULARITIES},
     PersonaPlugConfig: {"prefix_scale": ("measured", "none"), "compat": (None, "reference")},
     RoleConfig: {"kind": ("none", "local", "endpoint", "random", "oracle")},
     PeopleBenchmarkConfig: {"split": ("train", "dev", "test")},
@@ -189,6 +202,11 @@ POSITIVE: dict[type, tuple[str, ...]] = {
     DistillConfig: ("repeats", "max_new_tokens", "max_length"),
     IntrospectConfig: ("turns", "reflection_tokens", "interaction_tokens"),
     FinetuneConfig: ("r", "max_input_length"),
+    JointConfig: ("learning_rate", "epochs", "batch_size", "beta"),
+    PersonaFuseConfig: ("tau", "max_length"),
+    RouterConfig: ("temperature", "hidden", "dim", "max_length"),
+    RouterStageConfig: ("learning_rate", "encoder_learning_rate", "epochs", "batch_size"),
+    WarmupConfig: ("learning_rate", "epochs", "batch_size"),
     PersonaPlugConfig: ("history_limit", "temperature", "max_input_length"),
     APCConfig: (
         "queries_per_statement",

@@ -15,6 +15,7 @@ from persona.personalizer import Personalizer, read_manifest
 # Name in configs and manifests -> "module:class" of its personalizer. Imported only when asked for.
 PERSONALIZERS = {
     "character": "persona.methods.character:CharacterLoRA",
+    "persona_fuse": "persona.methods.persona_fuse:PersonaFuse",
     "persona_plug": "persona.methods.persona_plug:PersonaPlug",
     "lora": "persona.training.lora:LoRA",
     "weights": "persona.methods.finetune:Weights",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,18 @@ class UserAdapters(nn.Module):
 
     def applied(self, model: nn.Module, owners: Sequence[int]) -> AbstractContextManager[None]:
         modules = {name: (self.down[i], self.up[i]) for i, name in enumerate(self.names)}
-        return adapters.apply_own(model, modules, owners, self.scaling)
+        return apply_own(model, modules, owners, self.scaling)
+
+
+def apply_own(
+    model: nn.Module, modules: adapters.Stacked, owners: Sequence[int], scaling: float
+) -> AbstractContextManager[None]:
+    """Row b has the adapter of user owners[b]; a row whose owner is below 0 is the base."""
+    if max(owners, default=-1) < 0:
+        return nullcontext()
+    which = torch.tensor([[max(owner, 0)] for owner in owners])
+    weights = torch.tensor([[scaling * (owner >= 0)] for owner in owners])
+    return adapters.apply_stacked(model, modules, weights, which)
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -305,7 +316,7 @@ class UserLoRA(Personalizer):
     @contextmanager
     def modules(self, requests: Sequence[Request]) -> Iterator[None]:
         owners = [self.number.get(r.persona.id, -1) if r.persona is not None else -1 for r in requests]
-        with adapters.apply_own(self.base.model, self.adapters, owners, self.scaling):
+        with apply_own(self.base.model, self.adapters, owners, self.scaling):
             yield
 
     def config(self) -> dict[str, Any]:

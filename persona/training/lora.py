@@ -16,10 +16,9 @@ from accelerate import PartialState
 from persona.errors import UserError
 from persona.files import atomic_folder
 from persona.lm import BaseLM, adapters
+from persona.lm.adapters import CONFIG, WEIGHTS
 from persona.personalizer import Personalizer
 from persona.types import Request
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass

@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +174,13 @@ class OwnTrainer(WholeCheckpoints, _Trainer):
 
 
 class MethodTrainer(OwnTrainer, Trainer):
-    """Trainer over a method's module."""
+    """Trainer over a method's module; what its `notes()` gives, where it has them, is logged beside the loss."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        module = self.accelerator.unwrap_model(self.model)
+        if "loss" in logs and hasattr(module, "notes"):
+            logs = {**logs, **module.notes()}
+        super().log(logs, *args, **kwargs)
 
 
 def fit(
@@ -185,6 +191,7 @@ def fit(
     config: TrainerConfig,
     out: Path,
     groups: list[dict[str, Any]] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
     """Train `module`'s trainable parameters; resumes from the newest whole checkpoint in `out/checkpoints`.
 
@@ -204,6 +211,7 @@ def fit(
         train_dataset=train,
         eval_dataset=dev if evaluates else None,
         data_collator=collate,
+        callbacks=list(callbacks),
     )
     if groups is not None:
         options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "betas": (0.9, config.adam_beta2)}

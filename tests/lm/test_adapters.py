@@ -165,7 +165,7 @@ def test_options_of_a_row_share_its_gates(llama, saved):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_adapter_of_many_per_row(load_base, name):
-    """`apply_own` against `apply` with one gate per user; a row without an owner is the base."""
+    """One of many stacked adapters per row against `apply` with one gate per user; a row of weight 0 is the base."""
     base = load_base(name)
     torch.manual_seed(0)
     users = [
@@ -177,16 +177,17 @@ def test_one_adapter_of_many_per_row(load_base, name):
         for _ in range(3)
     ]
     stacked = {n: (torch.stack([u[n][0] for u in users]), torch.stack([u[n][1] for u in users])) for n in users[0]}
-    owners = [2, -1, 0, 1, 2]
-    with adapters.apply_own(base.model, stacked, owners, 0.5):
+    owners, weights = [2, 0, 0, 1, 2], [0.5, 0.0, 0.5, 0.5, 0.5]
+    with adapters.apply_stacked(base.model, stacked, torch.tensor(weights)[:, None], torch.tensor(owners)[:, None]):
         got = logits(base)
-    gates = torch.tensor([[float(owner == u) for u in range(3)] for owner in owners])
-    with adapters.apply(base.model, [adapters.Adapter(u, dict.fromkeys(u, 0.5)) for u in users], gates):
+    gates = torch.tensor([[w * (o == u) for u in range(3)] for o, w in zip(owners, weights, strict=True)])
+    with adapters.apply(base.model, [adapters.Adapter(u, dict.fromkeys(u, 1.0)) for u in users], gates):
         expected = logits(base)
     assert close(got, expected, 1e-3) and torch.equal(got[1], logits(base)[1])
     assert not any(module._forward_hooks for module in base.model.modules())
-    with adapters.apply_own(base.model, stacked, [-1, -1, -1, -1, -1], 0.5):
-        assert all(torch.equal(a, b) for a, b in zip(logits(base), logits(base), strict=True))
+    with adapters.apply_stacked(base.model, stacked, gates):
+        everyone = logits(base)
+    assert close(everyone, expected, 1e-3) and torch.equal(everyone[1], got[1])
 
 
 def test_an_adapter_of_another_architecture(t5, saved):

@@ -9,20 +9,14 @@ exactly, at the sum of the ranks; `svd` is the nearest to it of the largest sing
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import pad
 
 from persona.errors import UserError
-from persona.files import atomic_folder
 from persona.lm.adapters import Adapter, load_adapter
-from persona.training.lora import CONFIG, WEIGHTS
 
 MODES = ("linear", "cat", "svd")
 
@@ -95,31 +89,3 @@ def _svd(name: str, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
 
 
 _MERGED = {"linear": _linear, "cat": _cat, "svd": _svd}
-
-
-def save_adapter(adapter: Adapter, folder: Path, base: str) -> Path:
-    """Write an adapter whose scaling is 1 in PEFT's format, whole or not at all; `base` is the LM's name."""
-    from peft import LoraConfig  # takes seconds to import
-
-    # Ranks may differ by module (a thin matrix under svd, a module that only one adapter has): zeros change nothing.
-    rank = max(down.shape[0] for down, _ in adapter.modules.values())
-    tensors = {}
-    for name, (down, up) in adapter.modules.items():
-        more = rank - down.shape[0]
-        tensors[f"base_model.model.{name}.lora_A.weight"] = pad(down, (0, 0, 0, more)).contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = pad(up, (0, more)).contiguous()
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(adapter.modules), base_model_name_or_path=base)
-    config.inference_mode = True
-    with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps(_plain(config.to_dict()), indent=2, sort_keys=True) + "\n")
-    return folder
-
-
-def _plain(value: Any) -> Any:
-    """JSON values; a set in order, so that the same adapter is the same file."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, set | list | tuple):
-        return sorted(value)
-    return value

@@ -28,12 +28,12 @@ from persona.errors import UserError
 from persona.evaluation.generation import generate
 from persona.evaluation.roles import Cast, identity
 from persona.files import read_lines, sha256, write_json, write_lines
-from persona.lm.adapters import load_adapter
+from persona.lm import adapters
 from persona.methods.character import distillation, expansion, introspection
 from persona.methods.character.distillation import DistillConfig
 from persona.methods.character.expansion import ExpandConfig, extra_prompts
 from persona.methods.character.introspection import IntrospectConfig
-from persona.methods.character.merge import MODES, difference, merge, save_adapter
+from persona.methods.character.merge import MODES, difference, merge
 from persona.methods.character.prompts import PromptSet
 from persona.methods.character.sampling import SamplingConfig
 from persona.personalizer import LanguageModel
@@ -243,11 +243,14 @@ class Character:
 
     def merge(self, folder: Path) -> None:
         c = self.config
-        adapters, weights = [load_adapter(folder / part) for part in ("dpo", "sft")], (c.dpo_weight, c.sft_weight)
-        whole = merge(adapters, weights, c.merge)
+        parts, weights = (
+            [adapters.load_adapter(folder / part) for part in ("dpo", "sft")],
+            (c.dpo_weight, c.sft_weight),
+        )
+        whole = merge(parts, weights, c.merge)
         if self.processes.is_main_process:
-            save_adapter(whole, folder / "merged", self.under.base.name)
-            off = {mode: difference(merge(adapters, weights, mode), adapters, weights) for mode in MODES}
+            adapters.save(whole, folder / "merged", self.under.base.name)
+            off = {mode: difference(merge(parts, weights, mode), parts, weights) for mode in MODES}
             made = {"mode": c.merge, "weights": list(weights), "difference": off[c.merge], "difference_by_mode": off}
             write_json(folder / "merge.json", made)
             logger.warning("merged (%s): %.2g of the exact sum of changes is off", c.merge, off[c.merge])

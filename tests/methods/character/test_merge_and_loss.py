@@ -12,7 +12,7 @@ from persona.errors import UserError
 from persona.lm import adapters
 from persona.lm.adapters import Adapter, load_adapter
 from persona.methods.character.loss import character_loss
-from persona.methods.character.merge import difference, merge, save_adapter, weighted_sum
+from persona.methods.character.merge import difference, merge, weighted_sum
 from persona.training.lora import LoraSettings, adapted
 from persona.training.lora import save_adapter as save_trained
 
@@ -131,7 +131,7 @@ def test_merging_is_pefts_and_loads_in_plain_peft(llama, model_folder, trained, 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder = save_adapter(merge(trained, WEIGHTS, mode), tmp_path / "merged", "tiny")
+    folder = adapters.save(merge(trained, WEIGHTS, mode), tmp_path / "merged", "tiny")
     ids = torch.arange(3, 40).reshape(1, -1)
     with torch.no_grad():
         base = AutoModelForCausalLM.from_pretrained(model_folder("llama"))

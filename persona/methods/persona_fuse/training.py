@@ -1,0 +1,323 @@
+"""The three stages: warm-up of the experts, the router, both together (notes 3.2)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
+from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from persona.lm import Row as LmRow
+from persona.lm import adapters, assemble
+from persona.lm.batch import forward_logits
+from persona.methods.persona_fuse import losses
+from persona.methods.persona_fuse.config import JointConfig, PersonaFuseConfig, RouterStageConfig
+from persona.methods.persona_fuse.data import Rounds, Row, Twos, targets_of
+from persona.methods.persona_fuse.experts import Experts
+from persona.methods.persona_fuse.mixture import Mixture
+from persona.methods.persona_fuse.router import Routing
+from persona.personalizer import LanguageModel
+from persona.training.lora import as_it_was
+from persona.training.trainer import TrainerConfig, fit
+from persona.types import Request
+
+# ---- losses over rows and over processes ---------------------------------------------------------------------------
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes, in the order of their ranks; gradients of all of them come back to each row's own."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        torch.distributed.all_reduce(grad)
+        return grad.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """[B, …] of this process → [processes · B, …], with gradients. All processes have to bring as many rows."""
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return tensor if alone or torch.distributed.get_world_size() == 1 else _Gather.apply(tensor)
+
+
+def reply_nll(under: LanguageModel, requests: Sequence[Request], prompts: Any, replies: Any) -> Tensor:
+    """[B]: negative log-likelihood per token of each reply, so that a long one weighs as much as a short one."""
+    with torch.no_grad():
+        prefixes = under.prefixes(requests)
+    rows = [LmRow(*row) for row in zip(prompts, prefixes, requests, strict=True)]
+    logits, targets = forward_logits(under.base, assemble(under.base, rows, replies))
+    each = cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    return each.sum(-1) / (targets != -100).sum(-1)
+
+
+class FuseTraining(nn.Module):
+    """What the three stages share: the base LM stays in eval mode, and what was measured is logged beside the loss."""
+
+    def __init__(self, under: LanguageModel) -> None:
+        super().__init__()
+        self.under = under
+        self._noted: dict[str, list[Tensor]] = defaultdict(list)
+
+    def train(self, mode: bool = True) -> FuseTraining:
+        super().train(mode)
+        # transformers recomputes activations in blocks that are in train mode; what is in them stays in eval mode.
+        for block in self.under.base.model.modules():
+            if isinstance(block, GradientCheckpointingLayer):
+                block.training = mode
+        return self
+
+    def note(self, **values: Tensor) -> None:
+        if self.training:
+            for name, value in values.items():
+                self._noted[name].append(value.detach().float())
+
+    def notes(self) -> dict[str, float]:
+        """Means since the last call, for metrics.jsonl (persona/training/trainer.py)."""
+        found = {name: torch.stack(values).mean(0).cpu() for name, values in self._noted.items()}
+        self._noted.clear()
+        return {name: round(float(value), 6) for name, value in found.items()}
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.under.base.model.gradient_checkpointing_enable(**kwargs)
+
+
+# ---- first stage: experts, each on the rows of its own pole ---------------------------------------------------------
+
+
+class WarmupTraining(FuseTraining):
+    """Rows with one-hot gates. The loss is the sum over experts of each one's mean over its own rows, which is what
+    each would have alone."""
+
+    def __init__(self, under: LanguageModel, experts: Experts, together: int, dropout: float):
+        super().__init__(under)
+        self.experts, self.together, self.dropout = experts, together, dropout
+
+    def forward(self, requests, prompts, replies, owners, labels, num_items_in_batch=None):
+        which = owners[:, None]
+        weights = torch.full_like(which, self.experts.scaling, dtype=torch.float32)
+        dropout = self.dropout if self.training else 0.0
+        with (
+            self.under.edit(requests),
+            adapters.apply_stacked(self.under.base.model, self.experts.stacked, weights, which, dropout),
+        ):
+            nll = reply_nll(self.under, requests, prompts, replies)
+        count = len(labels) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": nll.sum() * self.together / count}
+
+
+class ClipEach(TrainerCallback):
+    """Each expert's gradient is cut to a norm of its own, as it would be alone."""
+
+    def __init__(self, experts: Experts, norm: float):
+        self.parameters, self.norm = list(experts.parameters()), norm
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if self.norm > 0 and grads:
+            size = torch.stack([grad.flatten(1).norm(dim=-1) for grad in grads]).norm(dim=0)  # [E]
+            for grad in grads:  # as torch.nn.utils.clip_grad_norm_ does
+                grad *= (self.norm / (size + 1e-6)).clamp(max=1)[:, None, None]
+
+
+def warm_up(
+    under: LanguageModel, rows: Sequence[Row], config: PersonaFuseConfig, trainer: TrainerConfig, out: Path
+) -> Experts:
+    """Train every expert on the rows of its pole; the base LM stays frozen.
+
+    All in one pass over mixed batches, or one after the other, with equal numbers (but for dropout, whose draws
+    differ): an expert starts from a draw of its own, sees its own rows in an order of its own (`Rounds`) in as many
+    steps, has a mean and a clipping of its own, and AdamW moves each number by itself. For every expert has rows in
+    every batch, no step of AdamW moves one without.
+    """
+    c = config.warmup
+    experts = Experts.new(under.base, config.lora, trainer.seed)
+    numbers = list(range(experts.count))
+    options = replace(
+        trainer, learning_rate=c.learning_rate, epochs=c.epochs, batch_size=c.batch_size, max_grad_norm=0
+    )
+    for group in [numbers] if c.together else [[number] for number in numbers]:
+        module = WarmupTraining(under, experts, len(group), config.lora.lora_dropout)
+        data = Rounds(rows, group, trainer.seed)
+        folder = out if c.together else out / str(group[0])
+        clip = ClipEach(experts, trainer.max_grad_norm)
+        _fit(
+            module, under, data, None, _warmup_batch, options, folder, [{"params": list(experts.parameters())}], [clip]
+        )
+    return experts
+
+
+def _warmup_batch(items: list[list[tuple[Row, int]]]) -> dict[str, Any]:
+    pairs = [pair for item in items for pair in item]
+    return {**_batch([row for row, _ in pairs]), "owners": torch.tensor([owner for _, owner in pairs])}
+
+
+def _batch(rows: Sequence[Row]) -> dict[str, Any]:
+    # One label a row: the Trainer counts them over processes and accumulated batches, and the loss is a mean over
+    # rows.
+    return {
+        "requests": [row.request for row in rows],
+        "prompts": [row.prompt for row in rows],
+        "replies": [row.reply for row in rows],
+        "labels": torch.zeros(len(rows), dtype=torch.long),
+    }
+
+
+# ---- second and third stage: the router, then all together ----------------------------------------------------------
+
+
+class RouterTraining(FuseTraining):
+    """The router's losses over the batch of all processes; nothing of the base LM is computed."""
+
+    def __init__(
+        self, under: LanguageModel, mixture: Mixture, config: PersonaFuseConfig, terms: RouterStageConfig | JointConfig
+    ):
+        super().__init__(under)
+        self.mixture, self.config, self.terms = mixture, config, terms
+
+    def losses(self, routing: Routing, targets: Tensor) -> Tensor:
+        """The weighted sum of the router's losses over the rows of all processes; heads of several layers count as one
+        (p is then the layers' embeddings side by side, gates their mean loss)."""
+        c, terms = self.config, self.terms
+        p, gates, targets = gathered(routing.p), gathered(routing.gates), gathered(targets)
+        heads = p.shape[1]
+        poles = targets.clone()
+        poles[:, self.mixture.experts.count :] = 0  # neutral queries skip the contrastive loss
+        flat, each = gates.flatten(0, 1), targets.repeat_interleave(heads, dim=0)
+        found = {
+            "contrastive": losses.contrastive_loss(
+                p.flatten(0, 1), self.mixture.router.experts, poles.repeat_interleave(heads, dim=0), c.tau
+            ),
+            "consistency": losses.trait_consistency(p.flatten(1) / heads**0.5, targets, c.similarity),
+            "kl": losses.gate_kl(each, flat),
+            "balance": losses.load_balance(flat, c.router.top_k or 1),
+        }
+        self.note(**{f"router/{name}": value for name, value in found.items()})
+        known = targets.sum(-1) > 0
+        mean = gates.mean(1)
+        right = targets.gather(-1, mean.argmax(-1, keepdim=True))[:, 0] > 0
+        self.note(**{"router/accuracy": (right & known).sum() / known.sum().clamp(min=1)})
+        self.note(**{"router/entropy": losses.entropy(gates).mean()})
+        self.note(**{f"gate/{name}": value for name, value in zip(self.mixture.names, mean.mean(0), strict=True)})
+        return torch.stack([getattr(terms, name) * value for name, value in found.items()]).sum()
+
+    def forward(self, query, targets, labels, num_items_in_batch=None):
+        # Each process has the loss of all; it counts in the measure of its own rows, so that all together count once.
+        share = 1 if num_items_in_batch is None else len(labels) / num_items_in_batch
+        return {"loss": self.losses(self.mixture.route(query), targets) * share}
+
+
+class JointTraining(RouterTraining):
+    """The answer's likelihood under the mixture that the router chooses, and the router's losses beside it."""
+
+    def forward(self, requests, prompts, replies, query, targets, labels, num_items_in_batch=None):
+        routing = self.mixture.route(query)
+        dropout = self.config.lora.lora_dropout if self.training else 0.0
+        with self.under.edit(requests), self.mixture.applied(self.under.base.model, routing, dropout):
+            nll = reply_nll(self.under, requests, prompts, replies)
+        self.note(nll=nll.mean())
+        count = len(labels) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": nll.sum() / count + self.losses(routing, targets) * (len(labels) / count)}
+
+
+def train_router(
+    under: LanguageModel,
+    mixture: Mixture,
+    rows: Sequence[Row],
+    dev: Sequence[Row],
+    config: PersonaFuseConfig,
+    trainer: TrainerConfig,
+    out: Path,
+) -> None:
+    """Train encoder, head and expert vectors of the mixture's router; its experts stay frozen."""
+    c = config.routing
+    mixture.requires_grad_(False)
+    mixture.router.requires_grad_(True).encoder.requires_grad_(config.router.train_encoder)
+    if config.router.granularity == "token":
+        mixture.router.token.requires_grad_(False)  # no loss of this stage sees it
+    encoder = [p for p in mixture.router.encoder.parameters() if p.requires_grad]
+    heads = [p for n, p in mixture.router.named_parameters() if not n.startswith("encoder.") and p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": heads}]
+    if encoder:
+        groups.append({"params": encoder, "lr": c.encoder_learning_rate})
+
+    def collate(items: list[list[Row]]) -> dict[str, Any]:
+        rows = [row for item in items for row in item]
+        return {**_routed(mixture, rows), "labels": torch.zeros(len(rows), dtype=torch.long)}
+
+    module = RouterTraining(under, mixture, config, c)
+    options = _in_twos(trainer, c.learning_rate, c.epochs, c.batch_size)
+    _fit(module, under, Twos(rows, trainer.seed), _twos(dev, trainer.seed), collate, options, out, groups)
+
+
+def train_joint(
+    under: LanguageModel,
+    mixture: Mixture,
+    rows: Sequence[Row],
+    dev: Sequence[Row],
+    config: PersonaFuseConfig,
+    trainer: TrainerConfig,
+    out: Path,
+) -> None:
+    """Train experts and router together on the responses."""
+    c = config.joint
+    mixture.requires_grad_(True).router.encoder.requires_grad_(config.router.train_encoder)
+
+    def collate(items: list[list[Row]]) -> dict[str, Any]:
+        rows = [row for item in items for row in item]
+        return {**_batch(rows), **_routed(mixture, rows)}
+
+    module = JointTraining(under, mixture, config, c)
+    options = _in_twos(trainer, c.learning_rate, c.epochs, c.batch_size)
+    groups = [_plain(mixture.experts), {"params": [p for p in mixture.router.parameters() if p.requires_grad]}]
+    _fit(module, under, Twos(rows, trainer.seed), _twos(dev, trainer.seed), collate, options, out, groups)
+
+
+def _routed(mixture: Mixture, rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        "query": mixture.router.tokenize([row.request for row in rows]),
+        "targets": targets_of([row.vector for row in rows], mixture.router.config.null_expert),
+    }
+
+
+def _plain(experts: Experts) -> dict[str, Any]:
+    return {"params": list(experts.parameters()), "weight_decay": 0.0}
+
+
+def _twos(rows: Sequence[Row], seed: int) -> Twos | None:
+    return Twos(rows, seed) if rows else None
+
+
+def _in_twos(trainer: TrainerConfig, rate: float, epochs: float, rows: int) -> TrainerConfig:
+    """Batch sizes count rows; the items of `Twos` are two each."""
+    return replace(trainer, learning_rate=rate, epochs=epochs, batch_size=max(1, rows // 2))
+
+
+def _fit(
+    module: FuseTraining,
+    under: LanguageModel,
+    train: Dataset,
+    dev: Dataset | None,
+    collate: Callable[[list[Any]], dict[str, Any]],
+    trainer: TrainerConfig,
+    out: Path,
+    groups: list[dict[str, Any]],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
+    torch.manual_seed(trainer.seed)
+    with as_it_was(under.base.model):
+        fit(module, train, dev, collate, trainer, out, groups, callbacks)
+    module.eval()
