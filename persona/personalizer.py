@@ -22,7 +22,9 @@ from persona import lm
 from persona.errors import UserError
 from persona.files import atomic_folder, sha256
 from persona.lm import BaseLM, Row, residual
-from persona.lm.batch import Edit
+from persona.lm.batch import Edit, prompt_lengths
+from persona.lm.residual import Passage, Site
+from persona.lm.spans import reply_tokens
 from persona.types import Request, Response
 
 logger = logging.getLogger(__name__)
@@ -172,7 +174,7 @@ class LanguageModel:
     @property
     def stream(self) -> tuple[int, int]:
         """How many decoder blocks the base LM has, and the width of its residual stream."""
-        return len(residual.blocks(self.base.model)), self.base.hidden_size
+        return len(residual.blocks(self.base.model)), residual.stream_size(self.base.model)
 
     def reply_means(
         self, requests: Sequence[Request], replies: Sequence[str], layers: Sequence[int], untouched: bool = False
@@ -181,16 +183,21 @@ class LanguageModel:
 
         What the template puts around a reply is not counted; a reply without tokens gives NaN. The three doors are
         open as when a reply is written, so edits are seen. With `untouched` the bare base LM reads the same messages.
-        Raises UserError for an encoder-decoder and for a layer that there is not.
+        Raises UserError for a layer that there is not.
         """
         model = LanguageModel(self.base, (), self.batch_size, self.max_length) if untouched else self
         asked = zip(requests, replies, strict=True)
-        spans = [self.base.reply_span(request.messages, reply) for request, reply in asked]
-        rows = model.rows(requests, [len(ids) for ids, _ in spans])
+        spoken = [reply_tokens(self.base, request.messages, reply) for request, reply in asked]
+        rows = model.rows(requests, [len(ids) for ids, _ in spoken])
         self.cut = model.cut
-        tokens, counted = [ids for ids, _ in spans], [count for _, count in spans]
-        edit = model._edit_rows(requests)
-        return list(residual.reply_means(self.base, rows, tokens, counted, layers, edit, self.batch_size).numpy())
+        firsts = prompt_lengths(self.base, rows)
+        passages = [
+            Passage(row, ids, [(first + span.start, first + span.stop)])
+            for row, first, (ids, span) in zip(rows, firsts, spoken, strict=True)
+        ]
+        sites, edit = [Site(layer) for layer in layers], model._edit_rows(requests)
+        means = dict(residual.passage_means(self.base, passages, sites, edit, self.batch_size))
+        return [means[i][0].numpy() for i in range(len(requests))]
 
     def _score(self, requests: Sequence[Request], continuations: list[list[list[int]]]) -> list[list[Tensor]]:
         longest = [max(len(tokens) for tokens in row) for row in continuations]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,9 +30,39 @@ class Row:
         return len(self.prompt) + (0 if self.prefix is None else len(self.prefix))
 
 
-def entered(edit: Edit | None, indices: Sequence[int]) -> AbstractContextManager[None]:
-    """The third door around one forward over these rows; None is a door that is shut."""
-    return nullcontext() if edit is None else edit(indices)
+class Running:
+    """What edits of states ask about the forwards that run: `prompts` [B], how many of the decoder's positions come
+    before each row's reply, and `going` [B], whether a row's reply goes on (None: all do)."""
+
+    prompts: Tensor | None = None
+    going: Tensor | None = None
+
+
+running = Running()
+
+
+@contextmanager
+def prompts(lengths: Sequence[int]) -> Iterator[None]:
+    """Within the context forwards are over rows whose first `lengths` positions, vectors in front included, are the
+    prompt and what follows is the reply. Whatever runs forwards in `persona.lm` says so; edits read it."""
+    before = running.prompts, running.going
+    running.prompts, running.going = torch.tensor(list(lengths)), None
+    try:
+        yield
+    finally:
+        running.prompts, running.going = before
+
+
+@contextmanager
+def entered(edit: Edit | None, indices: Sequence[int], lengths: Sequence[int]) -> Iterator[None]:
+    """The third door around one forward over these rows (None: it is shut), whose prompts have `lengths` positions."""
+    with prompts(lengths), nullcontext() if edit is None else edit(indices):
+        yield
+
+
+def prompt_lengths(base: BaseLM, rows: Sequence[Row]) -> list[int]:
+    """Per row how many positions of the decoder come before the reply: in an encoder-decoder its start token."""
+    return [1 if base.is_encoder_decoder else row.length for row in rows]
 
 
 class Inputs(NamedTuple):
@@ -98,11 +128,13 @@ def forward_logits(base: BaseLM, inputs: Inputs, model: torch.nn.Module | None =
     model = base.model if model is None else model
     assert inputs.labels is not None
     if base.is_encoder_decoder:
-        output = model(inputs_embeds=inputs.embeds, attention_mask=inputs.mask, labels=inputs.labels)
+        with prompts([1] * len(inputs.labels)):
+            output = model(inputs_embeds=inputs.embeds, attention_mask=inputs.mask, labels=inputs.labels)
         return output.logits, inputs.labels
-    output = model(
-        inputs_embeds=inputs.embeds, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
-    )
+    with prompts((inputs.mask.sum(-1) - (inputs.labels != -100).sum(-1)).tolist()):
+        output = model(
+            inputs_embeds=inputs.embeds, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
+        )
     return output.logits[:, :-1], inputs.labels[:, 1:]
 
 

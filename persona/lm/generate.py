@@ -12,11 +12,13 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
-from persona.lm.batch import Edit, Row, assemble, entered
+from persona.lm.batch import Edit, Row, assemble, entered, prompt_lengths, running
 from persona.lm.load import BaseLM
 from persona.lm.prefix import Shared
 from persona.lm.score import score
@@ -75,6 +77,19 @@ class _Gumbel(LogitsProcessor):
         return scores + noise.to(scores)
 
 
+class _Going(StoppingCriteria):
+    """Stops nothing: it says which rows have not ended, for edits that count what they do. The others are computed
+    on until their batch ends."""
+
+    def __init__(self, ends: Sequence[int], first: int) -> None:
+        self.ends, self.first = torch.tensor(ends), first
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
+        ended = torch.isin(input_ids[:, self.first :], self.ends.to(input_ids.device))
+        running.going = ~ended.any(dim=1)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 @torch.no_grad()
 def respond(base: BaseLM, rows: Sequence[Row], edit: Edit | None = None, batch_size: int = 32) -> list[Response]:
     """One reply per row, in order. Rows are grouped by their decoding settings and sorted by length.
@@ -128,11 +143,16 @@ def _generate(
         decoder_start_token_id=getattr(base.model.config, "decoder_start_token_id", None),
         stop_strings=list(sampling.stop) or None,
     )
-    given = {}
+    given: dict = {}
+    if edit is not None and sampling.num_beams == 1:
+        # The decoder's start token is not the reply's; a row that met a stop string is padded.
+        ends = sorted(base.eos_ids | {base.tokenizer.pad_token_id})
+        given["stopping_criteria"] = StoppingCriteriaList([_Going(ends, int(base.is_encoder_decoder))])
     if cache is not None:  # generate() then computes the columns behind the cache only
         cache.batch_repeat_interleave(sampling.num_beams)
         given["past_key_values"] = cache
-    with entered(edit, batch):  # the embeddings too: a personalizer may exchange them
+    lengths = prompt_lengths(base, [rows[i] for i in batch])
+    with entered(edit, batch, lengths):  # the embeddings too: a personalizer may exchange them
         inputs = assemble(base, [rows[i] for i in batch])
         output = base.model.generate(
             inputs_embeds=inputs.embeds,

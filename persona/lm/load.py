@@ -171,22 +171,6 @@ class BaseLM:
         ends = [i for i, token in enumerate(ids) if token in self.eos_ids]
         return ids[: ends[-1] + 1] if ends else ids
 
-    def reply_span(self, messages: Sequence[Message], reply: str) -> tuple[list[int], int]:
-        """Token ids of a reply, with what the template writes before it (an empty thought, say) but without its end
-        of turn; and how many of them, at the end, are the reply itself. Raises UserError as `render_reply`."""
-        text, before = reply.strip(), ""
-        if self.chat:
-            prompt, whole = self.text(messages), self.text(messages, text)
-            if not whole.startswith(prompt) or text not in whole[len(prompt) :]:
-                self.render_reply(messages, text)  # raises
-            before = whole[len(prompt) :].partition(text)[0] if text else ""
-        ids = self._encode(before + text, special=False) if text else []
-        start = len(self._encode(before, special=False)) if before else 0
-        said = self.tokenizer.decode(self._encode(text, special=False)).strip()
-        while start and said not in self.tokenizer.decode(ids[start:]):  # a token that reaches over the border
-            start -= 1
-        return ids, len(ids) - start
-
     def encode_option(self, option: str) -> list[int]:
         """Token ids of one answer option, without an end: log p(option | prompt) is about these tokens only."""
         ids = self._encode(option, special=False)

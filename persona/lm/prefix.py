@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from persona.lm.batch import Edit, Row, assemble, batches
+from persona.lm.batch import Edit, Row, assemble, batches, prompts
 from persona.lm.load import BaseLM
 
 SHORTEST = 32  # tokens: a shorter beginning is not looked for
@@ -72,14 +72,15 @@ class Shared:
         number = {owner: n for n, owner in enumerate(heads)}
         inputs = assemble(self.base, [_cut(self.rows[batch[k]], known[k]) for k in heads.values()])
         computed = DynamicCache()  # whole for all layers, windows too: rows need different ends of it
-        self.base.model(
-            inputs_embeds=inputs.embeds,
-            attention_mask=inputs.mask,
-            position_ids=inputs.positions,
-            past_key_values=computed,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with prompts([lengths[k] for k in heads.values()]):
+            self.base.model(
+                inputs_embeds=inputs.embeds,
+                attention_mask=inputs.mask,
+                position_ids=inputs.positions,
+                past_key_values=computed,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         # Row k takes beginning `source` moved right by `shift`; what wraps around lands on its padding.
         source = [0 if owner is None else number[owner] for owner in owners]
         shift = [0 if owner is None else known[heads[owner]] - known[k] for k, owner in enumerate(owners)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from persona.lm.batch import Edit, Row, assemble, entered
+from persona.lm.batch import Edit, Row, assemble, entered, prompt_lengths
 from persona.lm.load import BaseLM
 from persona.lm.prefix import Shared, is_plain
 
@@ -65,19 +65,21 @@ def _score_batch(
         targets[k, : len(option)] = torch.tensor(option, dtype=torch.long)
     targets = targets.to(device)
     option_rows = [batch[k] for k in owner]
+    lengths = prompt_lengths(base, [rows[i] for i in batch])
+    option_lengths = [lengths[k] for k in owner]
 
     if base.is_encoder_decoder:
-        with entered(edit, batch):
+        with entered(edit, batch, lengths):
             inputs = assemble(base, [rows[i] for i in batch])
             encoded = base.model.get_encoder()(inputs_embeds=inputs.embeds, attention_mask=inputs.mask)
-        with entered(edit, option_rows):
+        with entered(edit, option_rows, option_lengths):
             logits = base.model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=encoded.last_hidden_state[expand]),
                 attention_mask=inputs.mask[expand],
                 labels=targets,
             ).logits
     else:
-        with entered(edit, batch):
+        with entered(edit, batch, lengths):
             inputs = assemble(base, [rows[i] for i in batch])
             cache = shared.cache(batch)
             cache = DynamicCache(config=base.model.config) if cache is None else cache
@@ -98,7 +100,7 @@ def _score_batch(
             known = targets[:, :-1]
             real = (known != -100).long()
             last = inputs.positions[expand][:, -1:]
-            with entered(edit, option_rows):
+            with entered(edit, option_rows, option_lengths):
                 rest = base.model(
                     input_ids=known.clamp(min=0),
                     attention_mask=torch.cat([inputs.mask[expand], real], dim=1),

@@ -11,8 +11,8 @@ another LM needs its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,8 @@ from persona.data.base import People
 from persona.errors import UserError
 from persona.files import write_json
 from persona.lm import BaseLM
-from persona.lm.residual import added, blocks, last_states
+from persona.lm.edits import Edit, edited
+from persona.lm.residual import Site, blocks, last_states
 from persona.methods.statements import SHIPPED, Constitution, ConstitutionConfig, prompt_file
 from persona.personalizer import LanguageModel, Personalizer, save
 from persona.training.trainer import TrainerConfig
@@ -109,7 +110,7 @@ def contrast(
         under.base,
         under.rows(requests, [len(reply) for reply in replies]),
         replies,
-        layers,
+        [Site(layer) for layer in layers],
         lambda indices: under.edit([requests[i] for i in indices]),
         under.batch_size,
     ).numpy()
@@ -147,13 +148,9 @@ class Steering(Personalizer):
     def __init__(self, base: BaseLM, layers: Sequence[int], directions: Tensor, coefficient: float) -> None:
         self.base, self.layers, self.directions, self.coefficient = base, list(layers), directions, coefficient
 
-    @contextmanager
-    def modules(self, requests: Sequence[Request]) -> Iterator[None]:
-        vectors = (self.coefficient * self.directions).to(self.base.device)
-        with added(
-            self.base.model, {n: v.expand(len(requests), -1) for n, v in zip(self.layers, vectors, strict=True)}
-        ):
-            yield
+    def modules(self, requests: Sequence[Request]) -> AbstractContextManager[Any]:
+        places = zip(self.layers, self.directions, strict=True)
+        return edited(self.base.model, [Edit(Site(n), "add", along, self.coefficient) for n, along in places])
 
     def config(self) -> dict[str, Any]:
         return {"coefficient": self.coefficient, "layers": self.layers}

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -16,7 +15,8 @@ from persona.errors import UserError
 from persona.evaluation.episodes import Cast, Trivial
 from persona.evaluation.judges.judging import ScriptedJudge, random_judge
 from persona.evaluation.judges.oracle import OracleJudge
-from persona.lm.residual import added
+from persona.lm.edits import Edit, edited
+from persona.lm.residual import Site
 from persona.personalizer import LanguageModel, Personalizer
 from persona.town import lexicon as lx
 from persona.types import Message, Request
@@ -152,10 +152,8 @@ class Shift(Personalizer):
     def prompt(self, requests):
         return [Request((Message("system", "you are old"), *r.messages), sampling=r.sampling) for r in requests]
 
-    @contextmanager
     def modules(self, requests):
-        with added(self.base.model, {1: self.vector.expand(len(requests), -1)}):
-            yield
+        return edited(self.base.model, [Edit(Site(1), "add", self.vector)])
 
 
 def test_the_personalized_model_reads_with_its_doors_open_and_the_base_without(tmp_path, llama):

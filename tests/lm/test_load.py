@@ -222,23 +222,6 @@ def test_a_template_that_strips_the_reply(llama):
     assert base.tokenizer.decode(base.render_reply(ADA, " a good day ")) == "a good day</s>"
 
 
-def test_the_span_of_a_reply_leaves_out_what_the_template_adds(llama):
-    ids, count = llama.reply_span(ADA, " a good day ")
-    assert llama.tokenizer.decode(ids) == "a good day" and count == len(ids) > 1
-    thinks = with_template(
-        llama,
-        CHAT_TEMPLATE.replace("message.content", "('hm ' if message.role == 'assistant' else '') + message.content"),
-    )
-    ids, count = thinks.reply_span(ADA, "a good day")
-    assert thinks.tokenizer.decode(ids) == "hm a good day"
-    assert thinks.tokenizer.decode(ids[-count:]).strip() == "a good day"
-    assert llama.reply_span(ADA, " ") == ([], 0)
-    bare = with_template(llama, None)
-    assert bare.tokenizer.decode(bare.reply_span(ADA, "a good day")[0]) == "a good day"
-    with pytest.raises(UserError, match="does not continue its generation prompt"):
-        with_template(llama, CHAT_TEMPLATE.replace("'<|assistant|>'", "'<|assistant|>think: '")).reply_span(ADA, "x")
-
-
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 
 

@@ -1,4 +1,4 @@
-"""The residual stream, read and changed: layers where they are said to be, rows apart, nothing left behind."""
+"""The residual stream, read: sites where they are said to be in every family, means as of stored states."""
 
 from __future__ import annotations
 
@@ -6,34 +6,73 @@ import copy
 
 import pytest
 import torch
-from lm_toys import ALL, DECODERS, PROMPTS, plain_greedy, row
-from transformers import OPTConfig, OPTForCausalLM
+from lm_toys import ALL, DECODERS, PROMPTS, row
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)  # fmt: skip
 
-from persona import lm
 from persona.errors import UserError
-from persona.lm.residual import added, blocks, changed, last_states, reply_means
-from persona.personalizer import LanguageModel, Personalizer
-from persona.types import Message, Request, Sampling
+from persona.lm import BaseLM
+from persona.lm.edits import Edit, edited
+from persona.lm.residual import Site, blocks, changed, last_states, mean_norms, span_means
+from persona.lm.spans import message_tokens, reply_tokens
+from persona.types import Message
 
-
-def vectors(base, layers=(0, 1), count=1, size=3.0, seed=0) -> dict[int, torch.Tensor]:
-    """Per layer one vector for each of `count` rows, long enough to change what the tiny LMs say."""
-    drawn = torch.randn(len(layers), count, base.hidden_size, generator=torch.Generator().manual_seed(seed))
-    scale = {layer: size * states.norm() for layer, states in zip(layers, _norms(base, layers), strict=True)}
-    return {layer: scale[layer] * drawn[i] / drawn[i].norm(dim=-1, keepdim=True) for i, layer in enumerate(layers)}
-
-
-def _norms(base, layers) -> torch.Tensor:
-    return last_states(base, [row(base, PROMPTS[1])], [[]], layers)[0]
+SITES = (Site(1), Site(0), Site(1, "block_input"), Site(1, "attention"), Site(0, "mlp"))
 
 
 def hooks(base) -> int:
-    return sum(len(module._forward_hooks) for module in base.model.modules())
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.model.modules())
 
 
-def edit_of(base, chosen):
-    """The third door: row i of the batch gets the i-th vectors."""
-    return lambda indices: added(base.model, {layer: rows[list(indices)] for layer, rows in chosen.items()})
+def chat(*texts: str) -> tuple[Message, ...]:
+    return tuple(Message("assistant" if i % 2 else "user", text) for i, text in enumerate(texts))
+
+
+CHATS = [
+    chat("the red house", "i like small boats and long walks"),
+    chat("good morning", "how was your day ?", "how was your day ?", "the market in the rain", "", "yes"),
+    chat("write one line", ""),
+    (Message("system", "in the manner of ada"), *chat("the fox", "the fox")),
+    chat("only asked"),
+]
+
+
+@pytest.fixture(scope="module")
+def family(llama):
+    """A tiny model of a family that persona.lm.scratch does not make, with the tests' tokenizer."""
+    small = {"vocab_size": len(llama.tokenizer), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+    def get(name: str) -> BaseLM:
+        model = {
+            "opt": lambda: OPTForCausalLM(OPTConfig(**small, ffn_dim=16, word_embed_proj_dim=8, pad_token_id=0)),
+            "opt, norm behind": lambda: OPTForCausalLM(
+                OPTConfig(**small, ffn_dim=16, do_layer_norm_before=False, word_embed_proj_dim=16, pad_token_id=0)
+            ),
+            "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**small, num_key_value_heads=1, intermediate_size=16)),
+            "gpt2": lambda: GPT2LMHeadModel(
+                GPT2Config(vocab_size=small["vocab_size"], n_embd=16, n_layer=2, n_head=2, n_positions=256)
+            ),
+            "falcon": lambda: FalconForCausalLM(FalconConfig(**small)),
+            "bloom": lambda: BloomForCausalLM(BloomConfig(**small)),
+        }[name]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return BaseLM(model(), llama.tokenizer, name)
+
+    return get
+
+
+# ---- sites ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -42,8 +81,10 @@ def test_layer_l_is_what_transformers_calls_hidden_state_l_plus_1(load_base, nam
     rows = [row(base, text) for text in PROMPTS]
     replies = [base.encode_option("i like boats")[:n] for n in (0, 3, 1, 0, 2)]
     theirs = copy.deepcopy(base.model)  # transformers leaves hooks of its own in a model once it was asked for states
-    states = last_states(base, rows, replies, [1, 0], batch_size=3)
+    states = last_states(base, rows, replies, [Site(1), Site(0)], batch_size=3)
     assert states.shape == (5, 2, base.hidden_size) and hooks(base) == 0
+    inputs = last_states(base, rows, replies, [Site(0, "block_input"), Site(1, "block_input")])
+    assert torch.allclose(inputs[:, 1], states[:, 1], atol=2e-4)
     for i, (asked, reply) in enumerate(zip(rows, replies, strict=True)):
         with torch.no_grad():
             if base.is_encoder_decoder:
@@ -55,141 +96,220 @@ def test_layer_l_is_what_transformers_calls_hidden_state_l_plus_1(load_base, nam
             else:
                 ids = torch.tensor([asked.prompt + reply])
                 alone = theirs(input_ids=ids, output_hidden_states=True).hidden_states
-        # One by one without padding; transformers shows the last layer after the final norm only, so here the first.
+        # One by one without padding. Layers 0 to n-2 are theirs; the last one they show after the final norm only.
         assert torch.allclose(states[i, 1], alone[1][0, -1], atol=2e-4, rtol=1e-4)
-    assert torch.equal(last_states(base, rows, replies, [0, 1], batch_size=3), states[:, [1, 0]])
+        assert torch.allclose(inputs[i, 0], alone[0][0, -1], atol=2e-4, rtol=1e-4)
+        assert not torch.allclose(states[i, 0], alone[2][0, -1], atol=2e-4, rtol=1e-4)
+        norm = base.model.get_decoder()
+        norm = getattr(norm, "final_layer_norm", None) or norm.norm
+        assert torch.allclose(norm(states[i, 0]), alone[2][0, -1], atol=2e-4, rtol=1e-4)
+    assert torch.equal(last_states(base, rows, replies, [Site(0), Site(1)], batch_size=3), states[:, [1, 0]])
 
 
-def test_blocks_are_found_under_peft_and_in_other_layouts(load_base):
+@pytest.mark.parametrize("name", [*DECODERS, "t5", "opt", "opt, norm behind", "qwen2", "gpt2", "falcon"])
+def test_the_block_is_its_input_and_what_its_parts_add(load_base, family, name):
+    base = load_base(name) if name in ALL else family(name)
+    asked, reply = row(base, PROMPTS[0]), base.encode_option("boats")
+    parts = {part: last_states(base, [asked], [reply], [Site(1, part)])[0, 0] for part in ("attention", "mlp")}
+    before, after = last_states(base, [asked], [reply], [Site(1, "block_input"), Site(1)])[0]
+    block = blocks(base.model)[1]
+    if name.startswith("gemma"):  # norms behind
+        parts = {
+            "attention": block.post_attention_layernorm(parts["attention"]),
+            "mlp": block.post_feedforward_layernorm(parts["mlp"]),
+        }
+    total = before + parts["attention"] + parts["mlp"]
+    if name == "t5":  # and attention to the encoder
+        crossed: list[torch.Tensor] = []
+        handle = block.layer[1].EncDecAttention.register_forward_hook(lambda m, a, out: crossed.append(out[0][0, -1]))
+        last_states(base, [asked], [reply], [Site(0)])
+        handle.remove()
+        total = total + crossed[0]
+    if name == "opt, norm behind":
+        total = block.final_layer_norm(block.self_attn_layer_norm(before + parts["attention"]) + parts["mlp"])
+    assert torch.allclose(total, after, atol=2e-4, rtol=1e-4) and hooks(base) == 0
+
+
+@pytest.mark.parametrize("name", [*ALL, "opt", "gpt2", "falcon"])
+@pytest.mark.parametrize("part", ("block", "block_input", "attention", "mlp"))
+def test_a_change_at_a_site_is_what_the_model_goes_on_with(load_base, family, name, part):
+    base = load_base(name) if name in ALL else family(name)
+    asked, reply = row(base, PROMPTS[0]), base.encode_option("boats in")
+
+    def zero(hidden):
+        assert hidden.shape[0] == 1 and hidden.ndim == 3
+        return torch.zeros_like(hidden)
+
+    def states(sites):
+        return last_states(base, [asked], [reply], sites)[0]
+
+    plain = states([Site(1)])
+    with changed(base.model, {Site(1, part): zero}):
+        # Our own reading is registered behind the change, so it sees what comes of it.
+        assert not states([Site(1, part)]).any()
+        assert not torch.allclose(states([Site(1)]), plain, atol=1e-3)
+    assert torch.equal(states([Site(1)]), plain) and hooks(base) == 0
+
+
+def test_blocks_are_found_under_peft_and_in_other_layouts(load_base, family):
     from peft import LoraConfig, get_peft_model
 
-    opt = OPTForCausalLM(
-        OPTConfig(vocab_size=20, hidden_size=16, num_hidden_layers=3, ffn_dim=16, num_attention_heads=2,
-                  max_position_embeddings=16, word_embed_proj_dim=16)
-    )  # fmt: skip
+    opt = family("opt").model
     assert blocks(opt) is opt.model.decoder.layers
     base = load_base("llama")
+    asked = row(base, PROMPTS[0])
+    plain = last_states(base, [asked], [[]], SITES)
     wrapped = get_peft_model(base.model, LoraConfig(target_modules="all-linear"))
     try:
         assert blocks(wrapped) is blocks(base.model) is base.model.model.layers
+        assert torch.equal(last_states(BaseLM(wrapped, base.tokenizer, "peft"), [asked], [[]], SITES), plain)
     finally:
         wrapped.unload()
+    wrapped = get_peft_model(opt, LoraConfig(target_modules=["fc2"]))
+    assert last_states(BaseLM(wrapped, base.tokenizer, "peft"), [asked], [[]], SITES).shape == (1, 5, 16)
+    wrapped.unload()
     assert blocks(load_base("t5").model) is load_base("t5").model.decoder.block
     opt.config.num_hidden_layers = 4
     with pytest.raises(UserError, match="OPTForCausalLM has no list of 4 decoder blocks"):
         blocks(opt)
     with pytest.raises(UserError, match="there is no layer 2: the base LM has layers 0 to 1"):
-        with changed(base.model, {2: print}):
+        with changed(base.model, {Site(2): print}):
             pass
+    with pytest.raises(UserError, match="BloomBlock has no mlp module that could be read or changed"):
+        last_states(family("bloom"), [asked], [[]], [Site(0, "mlp")])
+    with pytest.raises(UserError, match="a site's part is one of block, block_input, attention, mlp, not 'norm'"):
+        Site(0, "norm")
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_rows_get_their_own_vector_in_any_batch(load_base, name):
-    """Different lengths (padding), different vectors, one row with zeros; batch = one by one, also generated."""
+def test_a_model_with_accelerates_device_map_is_read_and_edited(llama):
+    from accelerate import dispatch_model
+
+    model = copy.deepcopy(llama.model)
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    device_map |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    spread = BaseLM(model, llama.tokenizer, "spread")
+    asked = row(llama, PROMPTS[1])
+    plain = last_states(llama, [asked], [[]], SITES)
+    edit = Edit(Site(1), "cap", torch.ones(llama.hidden_size), floor=3.0)
+    with edited(llama.model, [edit]):
+        capped = last_states(llama, [asked], [[]], SITES)
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        dispatch_model(model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
+        assert next(model.model.layers[1].parameters()).device.type == "meta"
+        assert torch.equal(last_states(spread, [asked], [[]], SITES), plain)
+        with edited(model, [edit]):
+            assert torch.equal(last_states(spread, [asked], [[]], SITES), capped)
+    assert not torch.equal(capped, plain)
+
+
+# ---- means over spans ----------------------------------------------------------------------------------------------
+
+
+def stored(base, messages, sites) -> list[torch.Tensor]:
+    """Every state of one unpadded conversation kept; then the means over the assistant's tokens, turn by turn."""
+    if base.is_encoder_decoder:
+        ids, span = reply_tokens(base, messages[:-1], messages[-1].content)
+        given = {"input_ids": torch.tensor([base.render(messages[:-1])])}
+        given["decoder_input_ids"] = torch.tensor([[base.model.config.decoder_start_token_id, *ids]])
+        spans = [range(1 + span.start, 1 + span.stop)]
+    else:
+        ids, spans = message_tokens(base, messages)
+        spans = [span for span, message in zip(spans, messages, strict=True) if message.role == "assistant"]
+        given = {"input_ids": torch.tensor([ids])}
+    kept: dict[Site, torch.Tensor] = {}
+
+    def keep(site):
+        return lambda hidden: kept.__setitem__(site, hidden.clone())
+
+    with torch.no_grad(), changed(base.model, {site: keep(site) for site in sites}):
+        base.model(**given)
+    return [torch.stack([kept[site][0, span.start : span.stop].mean(0) for site in sites]) for span in spans]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("batch_size", (1, 2, 8))
+def test_means_are_those_of_stored_states_in_any_batch(load_base, name, batch_size):
     base = load_base(name)
-    rows = [row(base, text, max_new_tokens=6) for text in PROMPTS]
-    chosen = vectors(base, count=len(rows))
-    for layer in chosen.values():
-        layer[2] = 0
-    options = [[base.encode_option("boats in the rain")]] * len(rows)
-    together = lm.score(base, rows, options, edit_of(base, chosen), batch_size=5)
-    replies = lm.respond(base, rows, edit_of(base, chosen), batch_size=5)
-    for i, asked in enumerate(rows):
-        mine = {layer: vector[i : i + 1] for layer, vector in chosen.items()}
-        alone = lm.score(base, [asked], options[:1], edit_of(base, mine), batch_size=1)
-        assert torch.allclose(together[i][0], alone[0][0], atol=1e-3)
-        (reply,) = lm.respond(base, [asked], edit_of(base, mine), batch_size=1)
-        assert reply.tokens == replies[i].tokens
-        with added(base.model, mine):  # generation with a cache = one full forward per token
-            assert list(reply.tokens) == plain_greedy(base, asked.prompt, 6)
-    untouched = lm.score(base, rows, options, batch_size=5)
-    assert torch.equal(together[2][0], lm.score(base, rows, options, lambda i: added(base.model, {}), 5)[2][0])
-    moved = [float((a[0] - b[0]).abs().max()) for a, b in zip(together, untouched, strict=True)]
-    assert moved[2] < 1e-3 < min(moved[i] for i in (0, 1, 3, 4))
+    found = dict(span_means(base, CHATS, SITES, batch_size=batch_size))
+    assert sorted(found) == list(range(len(CHATS))) and hooks(base) == 0
+    assert [len(found[i]) for i in range(5)] == [1, 3, 1, 1, 0]
+    for i in (0, 1, 3):
+        for turn, expected in zip(found[i], stored(base, CHATS[i], SITES), strict=True):
+            # Relative: the tiny LMs' states are large, and padding changes the order of sums.
+            assert torch.allclose(turn, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()) * 20)
+    assert found[2].isnan().all() and found[2].shape == (1, 5, base.hidden_size)
 
 
-def test_zeros_are_the_base_bitwise_and_register_nothing(llama):
-    tokens = torch.tensor([llama.render(row(llama, PROMPTS[1]).request.messages)])
+def test_means_are_those_of_stored_states_to_six_digits(llama):
+    """In double precision nothing is left but the mean's own float32."""
+    base = BaseLM(copy.deepcopy(llama.model).double(), llama.tokenizer, "in double precision")
+    for i, turns in span_means(base, CHATS, SITES, batch_size=4):
+        for turn, expected in zip(turns, stored(base, CHATS[i], SITES) if i not in (2, 4) else [], strict=False):
+            assert torch.allclose(turn.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_an_encoder_decoders_replies_are_read_in_its_decoder(t5):
+    chats = [chat("the fox", "boats in the rain"), chat("good morning", "yes", "why", "the river"), chat("hi", "")]
+    found = dict(span_means(t5, chats, [Site(1), Site(0, "mlp")], batch_size=3))
+    assert [found[i].shape[0] for i in range(3)] == [1, 2, 1] and found[2].isnan().all()
+    for i, turn, messages in ((0, 0, chats[0]), (1, 0, chats[1][:2]), (1, 1, chats[1])):
+        (expected,) = stored(t5, messages, [Site(1), Site(0, "mlp")])
+        assert torch.allclose(found[i][turn], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_head_is_not_computed_and_nothing_stays(llama):
+    def fail(module, args):
+        raise AssertionError("logits were computed")
+
+    handle = llama.model.lm_head.register_forward_pre_hook(fail)
+    try:
+        assert len(dict(span_means(llama, CHATS, [Site(0)]))) == 5
+    finally:
+        handle.remove()
+
+
+def test_vectors_in_front_and_edits_are_honoured(llama):
+    vectors = llama.embed(torch.tensor([5, 6, 7]))
+    (ids, spans), turns = message_tokens(llama, CHATS[0]), dict(span_means(llama, CHATS[:1], [Site(1)]))
+    ahead = dict(span_means(llama, CHATS[:2], [Site(1)], prefixes=[vectors, None]))
+    longer = torch.tensor([[5, 6, 7, *ids]])
+    seen = []
+    with torch.no_grad(), changed(llama.model, {Site(1): seen.append}):
+        llama.model(input_ids=longer)
+    span = spans[1]
+    assert torch.allclose(ahead[0][0, 0], seen[0][0, 3 + span.start : 3 + span.stop].mean(0), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ahead[0], turns[0], atol=1e-2)
+    assert torch.allclose(ahead[1], dict(span_means(llama, CHATS[1:2], [Site(1)]))[0], rtol=1e-4, atol=1e-3)
+
+    asked = []
+
+    def edit(indices):
+        asked.extend(indices)
+        direction = torch.ones(llama.hidden_size)
+        return edited(llama.model, [Edit(Site(1), "add", direction)], [[0] if i == 1 else [] for i in indices])
+
+    plain = dict(span_means(llama, CHATS[:2], [Site(1)], batch_size=2))
+    pushed = dict(span_means(llama, CHATS[:2], [Site(1)], edit, batch_size=2))
+    assert sorted(asked) == [0, 1] and torch.equal(pushed[0], plain[0])
+    assert torch.allclose(pushed[1], plain[1] + 1, atol=1e-4)
+
+
+def test_norms_are_means_over_all_tokens(llama):
+    norms = mean_norms(llama, CHATS[:3], [Site(1), Site(0)], batch_size=2)
+    kept: list[torch.Tensor] = []
+    for messages in CHATS[:3]:
+        with torch.no_grad(), changed(llama.model, {Site(1): lambda hidden: kept.append(hidden[0].norm(dim=-1))}):
+            llama.model(input_ids=torch.tensor([message_tokens(llama, messages)[0]]))
+    assert norms[0] == pytest.approx(float(torch.cat(kept).mean()), rel=1e-5) and len(norms) == 2
+
+
+def test_bad_conversations_are_named(llama):
+    with pytest.raises(UserError, match=r"conversation that begins 'x' is \d+ tokens long, but .* has 256 pos"):
+        list(span_means(llama, [CHATS[0], chat("x", "boats " * 300)], [Site(0)]))
+    broken = BaseLM(copy.deepcopy(llama.model), llama.tokenizer, "broken")
     with torch.no_grad():
-        before = llama.model(input_ids=tokens).logits
-        with added(llama.model, {0: torch.zeros(1, llama.hidden_size)}):
-            assert hooks(llama) == 0
-            assert torch.equal(llama.model(input_ids=tokens).logits, before)
-        with added(llama.model, {0: torch.stack([torch.zeros(llama.hidden_size), torch.ones(llama.hidden_size)])}):
-            both = llama.model(input_ids=tokens.repeat(2, 1)).logits
-        plain = llama.model(input_ids=tokens.repeat(2, 1)).logits
-    assert torch.equal(both[0], plain[0]) and not torch.allclose(both[1], plain[1])
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "t5"])
-def test_hooks_are_gone_after_an_exception(load_base, name):
-    base = load_base(name)
-    with pytest.raises(RuntimeError, match="stop"), added(base.model, vectors(base)):
-        assert hooks(base) == 2
-        raise RuntimeError("stop")
-    assert hooks(base) == 0
-
-    def fail(hidden):
-        raise RuntimeError("inside a forward")
-
-    with pytest.raises(RuntimeError, match="inside"), changed(base.model, {1: fail}):
-        base.model(input_ids=torch.tensor([[5, 6]]), **({"labels": torch.tensor([[5]])} if name == "t5" else {}))
-    assert hooks(base) == 0
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_beams_repeat_their_rows_vector(load_base, name):
-    base = load_base(name)
-    rows = [row(base, text, max_new_tokens=4, num_beams=2) for text in PROMPTS[:2]]
-    chosen = vectors(base, count=2)
-    together = lm.respond(base, rows, edit_of(base, chosen), batch_size=2)
-    for i, asked in enumerate(rows):
-        mine = {layer: vector[i : i + 1] for layer, vector in chosen.items()}
-        assert lm.respond(base, [asked], edit_of(base, mine), batch_size=1)[0].tokens == together[i].tokens
-
-
-def test_two_edits_in_a_stack_add_up(llama):
-    one, other = vectors(llama, seed=1), vectors(llama, seed=2)
-
-    class Push(Personalizer):
-        method = "push"
-
-        def __init__(self, chosen):
-            self.chosen = chosen
-
-        def modules(self, requests):
-            return added(llama.model, {layer: rows.expand(len(requests), -1) for layer, rows in self.chosen.items()})
-
-    asked = [Request((Message("user", text),), sampling=Sampling(5)) for text in PROMPTS]
-    both = LanguageModel(llama, [Push(one), Push(other)]).loglikelihood(asked, ["boats"] * 5)
-    joined = LanguageModel(llama, [Push({layer: one[layer] + other[layer] for layer in one})])
-    for (a, _), (b, _) in zip(both, joined.loglikelihood(asked, ["boats"] * 5), strict=True):
-        assert a == pytest.approx(b, abs=1e-3)
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_means_over_replies_are_those_of_stored_states(load_base, name):
-    """Batches with padding = one by one by transformers' own states; what stands before what counts is left out."""
-    base = load_base(name)
-    rows = [row(base, text) for text in PROMPTS]
-    replies = [base.encode_option("i like small boats")[:n] for n in (3, 1, 4, 2, 0)]
-    counted = [2, 1, 4, 1, 0]
-    theirs = copy.deepcopy(base.model)
-    means = reply_means(base, rows, replies, counted, [1, 0], batch_size=3)
-    assert means.shape == (5, 2, base.hidden_size) and hooks(base) == 0
-    assert bool(means[4].isnan().all())
-    for i, n in enumerate(counted[:4]):
-        with torch.no_grad():
-            ids = torch.tensor([rows[i].prompt + replies[i]])
-            states = theirs(input_ids=ids, output_hidden_states=True).hidden_states[1][0]
-        # transformers shows the last layer after the final norm only, so here the first.
-        assert torch.allclose(means[i, 1], states[-n:].mean(0), atol=2e-4, rtol=1e-4)
-
-
-def test_means_over_replies_see_edits_and_are_of_decoders(llama, t5):
-    rows, replies = [row(llama, PROMPTS[0])] * 2, [llama.encode_option("i like boats")] * 2
-    chosen = {0: torch.randn(2, llama.hidden_size, generator=torch.Generator().manual_seed(1))}
-    plain, moved = (reply_means(llama, rows, replies, [3, 3], [0], edit) for edit in (None, edit_of(llama, chosen)))
-    assert torch.allclose(moved[:, 0] - plain[:, 0], chosen[0], atol=1e-4)
-    with pytest.raises(UserError, match="read from decoder-only LMs"):
-        reply_means(t5, [row(t5, PROMPTS[0])], [[3]], [1], [0])
+        broken.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="states at layer 1 are not finite for the conversation that begins 'the red"):
+        list(span_means(broken, CHATS[:1], [Site(0), Site(1)]))
