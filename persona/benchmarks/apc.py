@@ -35,14 +35,15 @@ from persona.evaluation.judges.judging import Unscored
 from persona.evaluation.results import find_runs
 from persona.evaluation.roles import Roles
 from persona.evaluation.statistics import Metric
-from persona.metrics.apc import ApcScore, Discriminators, Question
+from persona.metrics.apc import ApcScore, Discriminators, Probabilities, Question, explain
 from persona.metrics.batcher import Batcher
 from persona.town import lexicon as lx
 from persona.town import oracle, reading
-from persona.types import Request, Sample, Sampling, Score
+from persona.types import Request, Sample, Sampling, Score, Verdict
 
 NEUTRAL = "I would rather not say."  # true of everybody, entails nothing: what a reply earns that says nothing
 _QUESTIONS = 32  # scored together by the discriminators
+_LEAST = 0.05  # of a statement's share in Δ that a row keeps
 _NAMED = 20  # characters up to which each has a line in the report
 
 
@@ -118,31 +119,39 @@ class APC(Benchmark):
         reply = (await roles.model.respond(Request(sample.messages, sample.persona, sampling, None, sample.task))).text
         name = sample.persona.attributes.get("name", sample.persona.id)
         question = Question(name, tuple(sample.persona.statements), sample.messages[-1].content, (reply,))
-        score = await self._score(question, roles, reply)
+        scores, verdicts, unread = await self._scores(question, roles)
+        if not scores:
+            return Score(reason=unread[0].reason, raw=reply, verdicts=verdicts)
+        score = ApcScore(*np.mean(scores, axis=0).tolist())
         values = {**score._asdict(), "delta_per_statement": score.delta / len(question.statements)}
         if self.town:
             true = _truth(question.query, question.statements, reply)
             assert true is not None
             values |= {"satisfied": true.satisfied, "relevant": true.relevant, "readable": oracle.readable(reply)}
             values |= {"true_active": true.active, "true_passive": true.passive}
-        return Score({key: float(value) for key, value in values.items()}, raw=reply)
+        return Score({key: float(value) for key, value in values.items()}, raw=reply, verdicts=verdicts)
 
-    async def _score(self, question: Question, roles: Roles, reply: str) -> ApcScore:
-        """By the discriminators, else the mean over judges that could be read; raises Unscored without any."""
+    async def _scores(
+        self, question: Question, roles: Roles
+    ) -> tuple[list[list[float]], tuple[Verdict, ...], list[Unscored]]:
+        """The discriminators' score, or those of the judges that could be read; everything said; what could not be
+        read."""
+        known: list[tuple[str, Probabilities]] = []
+        verdicts: list[Verdict] = []
+        unread: list[Unscored] = []
         if self._batcher is not None:
-            found = [await self._batcher.ask(question)]
+            known.append(("discriminators", await self._batcher.ask(question)))
         else:
             asked = await asyncio.gather(*(judged(judge, question, self.config.compat) for judge in roles.judges))
-            found, unread = [], []
             for (given,) in asked:
-                if isinstance(given, Unscored):
-                    unread.append(given)
+                verdicts += given.verdicts
+                if isinstance(given.found, Unscored):
+                    unread.append(given.found)
                 else:
-                    found.append(given)
-            if not found:
-                raise Unscored(unread[0].reason, reply, failed=any(given.failed for given in unread))
-        scores = [[float(value[0]) for value in given.score()] for given in found]
-        return ApcScore(*np.mean(scores, axis=0).tolist())
+                    known.append((given.verdicts[0].judge, given.found))
+        told = (verdict for judge, found in known for verdict in explained(judge, question.statements, found))
+        scores = [[float(value[0]) for value in found.score()] for _, found in known]
+        return scores, (*verdicts, *told), unread
 
     def groups(self, sample: Sample) -> Mapping[str, str]:
         groups = {}
@@ -160,6 +169,20 @@ class APC(Benchmark):
         """The true answer to any question by anybody, or without such answers one statement about anybody."""
         other = rng.choice(self._samples)
         return other.target or rng.choice(other.persona.statements)  # type: ignore[union-attr]
+
+
+def explained(judge: str, statements: Sequence[str], found: Probabilities) -> list[Verdict]:
+    """What statements add to Δ of the one reply, or take from it, as verdicts of a rubric of that name; shares below
+    `_LEAST` are left out."""
+    parts = explain(statements, found.relevance, found.entailment[0], found.contradiction[0])
+    return [
+        Verdict(
+            judge, "apc, share of a statement", "", round(part.gain, 4),
+            raw=f"{part.statement} (relevant {part.relevance:.2f}, entails the reply {part.entailment:.2f}, "
+            f"contradicted by it {part.contradiction:.2f})",
+        )
+        for part in parts if abs(part.gain) >= _LEAST
+    ]  # fmt: skip
 
 
 # ---- the town's truth ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import softmax
 
 from persona.errors import UserError
 from persona.metrics.nli import CONTRADICTION, ENTAILMENT, NEUTRAL, class_order, load, longest_input
@@ -155,8 +156,9 @@ def adds_special(tokenizer: Any, template: str) -> bool:
 class Classifier:
     """A sequence classifier over filled templates. `classes` is what its logits mean, in their order.
 
-    `tokens` is the size of a batch: rows times the longest. Raises UserError when it cannot be loaded or does not say
-    which class is which.
+    `tokens` is the size of a batch: rows times the longest. Where the model's config has a `calibration` with scale
+    and bias [classes], probabilities are softmax(scale · logits + bias). Raises UserError when the model cannot be
+    loaded or does not say which class is which.
     """
 
     def __init__(self, name: str, key: str, order: Any, template: str, tokens: int = 8192) -> None:
@@ -167,6 +169,8 @@ class Classifier:
         self.classes = order([str(config.id2label[i]) for i in range(config.num_labels)], name)
         own = Path(name) / TEMPLATE
         self.template = own.read_text(encoding="utf-8").removesuffix("\n") if own.is_file() else template
+        given = getattr(config, "calibration", None) or {}
+        self.scale, self.bias = given.get("scale", 1.0), np.array(given.get("bias", [0.0] * len(self.classes)))
         self.tokens, self.max_length = tokens, longest_input(self.tokenizer, config)
         self.special = adds_special(self.tokenizer, self.template)
         # On the left a decoder's positions would move with its neighbours' lengths.
@@ -190,7 +194,7 @@ class Classifier:
             for batch in _batches([len(row) for row in ids], self.tokens):
                 padded = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
                 logits = self.model(**padded.to(self.model.device)).logits
-                rows[batch] = logits.double().softmax(-1).cpu().numpy()
+                rows[batch] = softmax(self.scale * logits.double().cpu().numpy() + self.bias, axis=-1)
         places = {text: place for place, text in enumerate(different)}
         chosen = rows[[places[text] for text in texts]] if texts else rows
         return {label: chosen[:, column] for column, label in enumerate(self.classes)}

@@ -67,6 +67,11 @@ def test_true_answers_satisfy_everything_and_the_oracle_as_judge_counts_the_same
         assert row.values["relevant"] == len(bearing) and row.values["delta"] == len(told) >= 1
         assert row.values["total"] == row.values["satisfied"] == len(statements) - len(bearing) + len(told)
         assert row.values["delta_per_statement"] == pytest.approx(len(told) / len(statements))
+        # What the judge said of each statement, relevance first; then which statements earned something.
+        assert len(row.verdicts) == 2 * len(statements) + len(told)
+        assert [v.value == "yes" for v in row.verdicts[: len(statements)]] == [s in bearing for s in statements]
+        shares = [(v.value, v.raw.partition(" (")[0]) for v in row.verdicts[2 * len(statements) :]]
+        assert shares == [(1.0, statement) for statement in told]
     assert found["delta"] == found["active"] and found["passive"] == 0
     assert found["readable"] == 1 and summary.n == 24 and summary.estimates["delta"].n_clusters == 3
     assert {row.groups["asked about"] for row in rows} == {"facts", "tastes", "talk"}
@@ -111,6 +116,8 @@ def test_discriminators_score_in_batches_what_they_score_alone(people, models, t
         score = found.score()
         assert row.values["total"] == pytest.approx(float(score.total[0]), abs=1e-5)
         assert row.values["delta"] == pytest.approx(float(score.active[0] - score.passive[0]), abs=1e-5)
+        assert row.verdicts and all(verdict.judge == "discriminators" for verdict in row.verdicts)
+        assert sum(verdict.value for verdict in row.verdicts) == pytest.approx(row.values["delta"], abs=0.05 * 30)
     assert summary.n == 5 and values(summary)["delta"] == pytest.approx(sum(r.values["delta"] for r in rows) / 5)
 
 
@@ -122,6 +129,7 @@ def test_several_judges_weigh_alike_and_the_unreadable_is_unscored(people, tmp_p
     assert all(row.values["delta"] == 0 and row.values["active"] == row.values["passive"] > 0 for row in rows)
     summary, rows = judge_run(benchmark, lambda request: "x", tmp_path / "mute", mute)
     assert summary.n_unscored == 3 and "verdicts could not be read" in rows[0].reason and rows[0].raw == "x"
+    assert {verdict.raw for verdict in rows[0].verdicts} == {"hm"}
 
 
 def test_trivial_answers(town, people, tmp_path):

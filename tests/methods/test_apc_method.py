@@ -33,7 +33,7 @@ from persona.methods.apc import (
     train,
 )
 from persona.methods.apc.characters import characters
-from persona.methods.apc.discriminators import Labelled, class_weights, split
+from persona.methods.apc.discriminators import Labelled, calibration, class_weights, split
 from persona.methods.apc.pairs import statement_weights
 from persona.methods.apc.statements import bullets, quoted, take
 from persona.metrics.apc import Probabilities
@@ -143,8 +143,11 @@ def test_no_statement_is_in_training_and_held_out():
     rows = [Labelled({"query": str(n)}, "yes", f"statement {n % 50}") for n in range(1000)]
     parts = split(rows, DiscriminatorConfig(), 0)
     held = {row.cluster for row in parts["held_out"]}
-    assert not held & {row.cluster for row in (*parts["train"], *parts["dev"])} and 3 < len(held) < 18
-    assert {row.cluster for row in parts["dev"]} < {row.cluster for row in parts["train"]}
+    assert (
+        not {row.cluster for row in parts["train"]} & ({row.cluster for row in parts["dev"]} | held)
+        and 3 < len(held) < 18
+    )
+    assert parts["dev"] and not held & {row.cluster for row in parts["dev"]}
     fewer = split(rows[:300], DiscriminatorConfig(), 0)["held_out"]
     assert fewer == parts["held_out"][: len(fewer)]
 
@@ -155,6 +158,19 @@ def test_neutral_rows_are_thinned_and_no_others():
     assert [row.label for row in kept].count("entailment") == 10 and len(kept) == 25
     assert kept == [row for row in rows if row in kept] == discriminators.thinned(rows, 1.5, 0)
     assert discriminators.thinned(rows, 20, 0) == rows
+
+
+def test_calibration_by_hand():
+    """Logits that say nothing: what is left is how frequent the classes are; too sure ones are scaled down."""
+    scale, bias = calibration(np.zeros((400, 2)), [0] * 300 + [1] * 100)
+    assert scale == pytest.approx(1.0, abs=1e-3) and bias[0] - bias[1] == pytest.approx(np.log(3), abs=0.01)
+    # Logits ±4 that are right three times in four deserve ±log(3) / 2.
+    logits = np.tile([[4.0, 0.0], [0.0, 4.0]], (400, 1))
+    right = np.tile([0, 1], 400)
+    right[:200] = 1 - right[:200]
+    scale, bias = calibration(logits, right)
+    assert scale == pytest.approx(np.log(3) / 4, abs=0.01) and bias == pytest.approx([0.0, 0.0], abs=0.01)
+    assert np.isfinite(calibration(np.zeros((10, 3)), [0] * 10)[1]).all()  # two classes without a row
 
 
 def test_class_weights_by_hand():
@@ -178,14 +194,14 @@ def test_dropout_is_on_while_it_learns(tmp_path, monkeypatch):
         for n in range(24)
     ]
     config = replace(TINY.discriminator, held_out=0.5, dev=0.0)
-    discriminators.train_discriminator("relevance", rows, config, TRAINER, tmp_path / "work", tmp_path / "model")
+    discriminators.train_discriminator("relevance", rows, [], config, TRAINER, tmp_path / "work", tmp_path / "model")
     assert modes and all(modes)
     report = json.loads((tmp_path / "model" / "report.json").read_text())
     held = report["held_out"]
     assert held["rows"] == held["statements"] > 5 and held["low"] <= held["accuracy"] <= held["high"]
     with pytest.raises(UserError, match="needs training rows of two classes at least, but has .* × yes"):
         only = [replace(row, label="yes") for row in rows]
-        discriminators.train_discriminator("relevance", only, config, TRAINER, tmp_path / "w", tmp_path / "m")
+        discriminators.train_discriminator("relevance", only, [], config, TRAINER, tmp_path / "w", tmp_path / "m")
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -236,7 +252,7 @@ def trained(base, tmp_path_factory):
 def test_from_statements_to_an_adapter(trained, base):
     stages = trained.parent / "stages"
     names = {path.name for path in (stages / "labels").iterdir()}
-    assert len(names) == 4 and sum(name.endswith(".nli.v2.json") for name in names) == 2
+    assert len(names) == 6 and sum(name.endswith(".nli.v2.json") for name in names) == 2
     rows = [json.loads(line) for line in (stages / "pairs" / "pairs.jsonl").read_text().splitlines()]
     for row in rows:
         assert row["gap"] > 0.05 and row["chosen"] != row["rejected"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,8 +39,16 @@ RELEVANCE = Rubric.load(_PROMPTS / "apc_relevance.md", _yes_or_no, ("no", "yes")
 NLI = Rubric.load(_PROMPTS / "apc_nli.md", _label, NLI_LABELS, max_new_tokens=16)
 
 
-async def judged(judge: Judge, question: Question, compat: str | None = None) -> list[Probabilities | Unscored]:
-    """Of each reply its probabilities, 0 or 1 and relevance [S], entailment and contradiction [1, S], or why not.
+class Judged(NamedTuple):
+    """Of one reply: probabilities, 0 or 1, relevance [S], entailment and contradiction [1, S], or why there are none;
+    and all verdicts, relevance of each statement first, then what the reply does to each."""
+
+    found: Probabilities | Unscored
+    verdicts: tuple[Verdict, ...]
+
+
+async def judged(judge: Judge, question: Question, compat: str | None = None) -> list[Judged]:
+    """What a judge says of each reply.
 
     The relevance of each statement is asked once for all replies. A reply with a verdict that cannot be read is
     unscored: left out of the sum, its statement would count as neither followed nor denied. `compat` "reference"
@@ -56,7 +65,7 @@ async def judged(judge: Judge, question: Question, compat: str | None = None) ->
             )
         ),
     )
-    return [_probabilities(relevant, verdicts, compat) for verdicts in answered]
+    return [Judged(_probabilities(relevant, own, compat), (*relevant, *own)) for own in answered]
 
 
 def _probabilities(

@@ -12,7 +12,8 @@ class DiscriminatorConfig:
     """How both classifiers are fine-tuned. Epochs, learning rate and batch size as published (reference/apc.md 3.4).
 
     `base`: minilm or town (they come with the package), a folder, or a hub id such as microsoft/deberta-v3-large.
-    `held_out`: share of the statements whose rows are only measured on; `dev` of the other rows likewise.
+    `held_out`: share of the statements whose rows are only measured on; `dev`: of those that calibrate (their loss is
+    logged). Neither is trained on.
     """
 
     base: str = "microsoft/deberta-v3-large"
@@ -44,9 +45,15 @@ class APCConfig:
         (statement, query) is.
     reward: who scores replies: "discriminators", or the "judge" itself, asked about every statement and reply.
     relevance_model, nli_model: discriminators that are there already; then none are trained.
-    prompts: how statements are shown to the LM in "sampled": "english", "town", or a folder (personalizer statements).
+    prompts: how statements are shown for "sampled" and `told`: "english", "town", or a folder (personalizer
+        statements).
+    natural: replies of a character, whatever they answer, that each statement of dev and held_out is labelled with;
+        the discriminators' probabilities are calibrated on those of dev (discriminators.py), 0 leaves them as trained.
     files: a folder with files in the published format; what it holds of a character is not made again.
     samples: replies per query, of which the best and the worst are compared; `gap` their least difference in APC.
+    told: further replies per query, of the teacher with all statements in its prompt: for characters that the LM does
+        not know under its own prompt, where all that it says is alike.
+    nll_coef: weight of the chosen reply's own loss beside DPO's; 0 as published. It keeps a small LM readable.
     objective: "total" prefers by the summed APC, as published code does; "per_statement" is the paper's eq. 8-9.
     """
 
@@ -57,6 +64,7 @@ class APCConfig:
     queries_per_statement: int = 3
     others: int = 5
     other_responses: int = 3
+    natural: int = 20
     files: str | None = None
     prompts: str = "english"
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -65,10 +73,12 @@ class APCConfig:
     nli_model: str | None = None
     max_queries: int = 100  # per character
     samples: int = 2
+    told: int = 0
     temperature: float = 1.0
     max_new_tokens: int = 256
     gap: float = 0.2
     objective: str = "total"
     beta: float = 0.1
+    nll_coef: float = 0.0
     lora: LoraSettings = field(default_factory=_lora)
     max_length: int = 1536

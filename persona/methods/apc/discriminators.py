@@ -1,7 +1,9 @@
 """Fourth stage: two small classifiers learn the labels, and are measured on statements that they never saw.
 
 Full fine-tuning by cross-entropy (reference/apc.md 3.4), with dropout on and rows shuffled between epochs, as neither
-was in the published code (docs/errata.md).
+was in the published code (docs/errata.md). The rows they learn from hold far more contradictions than scoring meets,
+where a reply meets every statement, and what they say is added up over all of them: so their probabilities are
+calibrated on rows in the natural share, which is not published (docs/errata.md).
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
+from scipy.special import log_softmax
 from torch import Tensor
 
 from persona.errors import UserError
@@ -23,6 +27,7 @@ from persona.evaluation.judges.apc import MEANING
 from persona.evaluation.statistics import Metric, estimate
 from persona.files import atomic_folder, write_json
 from persona.methods.apc.config import DiscriminatorConfig
+from persona.methods.apc.labels import DEV, HELD_OUT, TRAIN, split_of
 from persona.metrics.apc import (
     NLI_CLASSES,
     NLI_TEMPLATE,
@@ -39,8 +44,6 @@ from persona.training.classifier import body, train_classifier
 from persona.training.trainer import TrainerConfig
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
-
-SPLITS = ("train", "dev", "held_out")
 
 
 @dataclass(frozen=True)
@@ -65,18 +68,10 @@ def nli_row(row: Mapping[str, str], owner: str) -> Labelled:
 
 
 def split(rows: Sequence[Labelled], config: DiscriminatorConfig, seed: int) -> dict[str, list[Labelled]]:
-    """train; dev: held-out rows of the same statements; held_out: rows of statements that train never has.
-
-    By the hash of the statement, then of the row, so that a row's split does not depend on the others.
-    """
-    found: dict[str, list[Labelled]] = {name: [] for name in SPLITS}
+    """The rows of train, dev and held_out (`labels.split_of`)."""
+    found: dict[str, list[Labelled]] = {name: [] for name in (TRAIN, DEV, HELD_OUT)}
     for row in rows:
-        if seed_of(seed, "held out", row.cluster) / 2**31 < config.held_out:
-            found["held_out"].append(row)
-        elif seed_of(seed, "dev", row.cluster, sorted(row.slots.items())) / 2**31 < config.dev:
-            found["dev"].append(row)
-        else:
-            found["train"].append(row)
+        found[split_of(row.cluster, config, seed)].append(row)
     return found
 
 
@@ -110,22 +105,30 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def train_discriminator(
-    task: str, rows: Sequence[Labelled], config: DiscriminatorConfig, trainer: TrainerConfig, work: Path, folder: Path
+    task: str,
+    rows: Sequence[Labelled],
+    natural: Sequence[Labelled],
+    config: DiscriminatorConfig,
+    trainer: TrainerConfig,
+    work: Path,
+    folder: Path,
 ) -> None:
-    """Fine-tune the classifier of `task` ("relevance" or "nli") into `folder`, and measure it.
+    """Fine-tune the classifier of `task` ("relevance" or "nli") into `folder`, calibrate it on the dev statements'
+    `natural` rows, and measure it on those of held_out statements.
 
-    `folder/report.json` holds per split the rows of each class, accuracy with its interval (statements resampled),
-    macro F1 and the share of the most frequent class. Raises UserError unless rows of two classes are there.
+    `folder/report.json` holds per set the rows of each class, accuracy with its interval (statements resampled), macro
+    F1, mean loss, the share of the most frequent class; for natural rows also as it was trained. Raises UserError
+    unless training rows of two classes are there.
     """
     classes, template = TASKS[task]["classes"], TASKS[task]["template"]
     parts = split(rows, config, trainer.seed)
     if task == "nli" and config.neutral is not None:
-        parts["train"] = thinned(parts["train"], config.neutral, trainer.seed)
-    seen = Counter(row.label for row in parts["train"])
+        parts[TRAIN] = thinned(parts[TRAIN], config.neutral, trainer.seed)
+    seen = Counter(row.label for row in parts[TRAIN])
     if len(seen) < 2:
         told = ", ".join(f"{n} × {label}" for label, n in sorted(seen.items())) or "none"
         raise UserError(f"the {task} discriminator needs training rows of two classes at least, but has {told}")
-    weights = class_weights([row.label for row in parts["train"]], classes, config.class_weights)
+    weights = class_weights([row.label for row in parts[TRAIN]], classes, config.class_weights)
     # No neighbour has to agree on how a head is drawn: it is this task's own.
     head = seed_of(trainer.seed, "head", task)
     model, tokenizer = body(config.base, classes, head, "method.discriminator.base")
@@ -141,44 +144,82 @@ def train_discriminator(
         max_steps=-1,
     )
     trained = train_classifier(
-        model, tokenizer, texts["train"], own, work, dev=texts["dev"], weights=weights, max_length=config.max_length,
+        model, tokenizer, texts[TRAIN], own, work, dev=texts[DEV], weights=weights, max_length=config.max_length,
         special=adds_special(tokenizer, template),
     )  # fmt: skip
     if PartialState().is_main_process:
         with atomic_folder(folder) as temporary:
             shutil.copytree(trained, temporary, dirs_exist_ok=True)
+            shutil.copyfile(work / "metrics.jsonl", temporary / "metrics.jsonl")
             (temporary / TEMPLATE).write_text(template + "\n", encoding="utf-8")
-            write_json(temporary / "report.json", measure(task, str(temporary), parts, config))
+            apart = split(natural, config, trainer.seed)
+            measured = {DEV: parts[DEV], HELD_OUT: parts[HELD_OUT], "natural": apart[HELD_OUT]}
+            report: dict[str, Any] = {"task": task, "settings": asdict(config), "train": classes_of(parts[TRAIN])}
+            if apart[DEV]:
+                report["natural, as trained"] = measure(_classifier(task, temporary), apart[HELD_OUT])
+                scale, bias = calibration(*_logits(_classifier(task, temporary), apart[DEV]))
+                model.config.calibration = {"scale": scale, "bias": bias}
+                model.config.save_pretrained(temporary)
+            calibrated = _classifier(task, temporary)
+            report |= {name: measure(calibrated, some) for name, some in measured.items()}
+            write_json(temporary / "report.json", report)
+
+
+# ---- calibrating ---------------------------------------------------------------------------------------------------
+
+
+def calibration(logits: np.ndarray, labels: Sequence[int]) -> tuple[float, list[float]]:
+    """(scale, bias [C]): of softmax(scale · logits + bias) that give `labels` of rows [N, C] the highest likelihood.
+
+    Temperature and prior in one (vector scaling with a single scale); log scale and biases have a normal prior of
+    standard deviation 3, so that a class without a row stays possible.
+    """
+    from scipy.optimize import minimize
+
+    def loss(values: np.ndarray) -> float:
+        known = log_softmax(np.exp(values[0]) * logits + values[1:], axis=-1)[np.arange(len(labels)), labels]
+        return float((values**2).sum() / 18 - known.sum())
+
+    found = minimize(loss, np.zeros(1 + logits.shape[1])).x
+    return float(np.exp(found[0])), [float(value) for value in found[1:]]
+
+
+def _classifier(task: str, folder: Path) -> Classifier:
+    return Classifier(str(folder), task, TASKS[task]["order"], TASKS[task]["template"])
+
+
+def _logits(classifier: Classifier, rows: Sequence[Labelled]) -> tuple[np.ndarray, list[int]]:
+    """Of each row log-probabilities [C], which are logits, and the number of its class."""
+    found = classifier([dict(row.slots) for row in rows])
+    probabilities = np.stack([found[label] for label in classifier.classes], axis=-1)
+    return np.log(probabilities.clip(1e-30)), [classifier.classes.index(row.label) for row in rows]
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 
-def measure(
-    task: str, folder: str, parts: Mapping[str, Sequence[Labelled]], config: DiscriminatorConfig
-) -> dict[str, Any]:
-    """What the classifier in `folder` gets right on each split."""
+def classes_of(rows: Sequence[Labelled]) -> dict[str, Any]:
+    return {"rows": len(rows), "classes": dict(sorted(Counter(row.label for row in rows).items()))}
+
+
+def measure(classifier: Classifier, rows: Sequence[Labelled]) -> dict[str, Any]:
+    """What the classifier gets right of the rows, and its mean loss (nats)."""
     from sklearn.metrics import f1_score
 
-    classifier = Classifier(folder, task, TASKS[task]["order"], TASKS[task]["template"])
-    report: dict[str, Any] = {"task": task, "settings": asdict(config)}
-    for name in SPLITS:
-        rows = parts[name]
-        classes = Counter(row.label for row in rows)
-        report[name] = {"rows": len(rows), "classes": dict(sorted(classes.items()))}
-        if not rows or name == "train":
-            continue
-        found = classifier([dict(row.slots) for row in rows])
-        told = [max(found, key=lambda label: found[label][i]) for i in range(len(rows))]  # noqa: B023
-        right = [{"accuracy": float(label == row.label)} for label, row in zip(told, rows, strict=True)]
-        accuracy = estimate(right, [row.cluster for row in rows], "accuracy", Metric(description="right"))
-        assert accuracy is not None
-        report[name] |= {
-            "statements": accuracy.n_clusters,
-            "accuracy": accuracy.value,
-            "low": accuracy.low,
-            "high": accuracy.high,
-            "macro_f1": float(f1_score([row.label for row in rows], told, average="macro")),
-            "most_frequent": max(classes.values()) / len(rows),
-        }
-    return report
+    report = classes_of(rows)
+    if not rows:
+        return report
+    logits, labels = _logits(classifier, rows)
+    told = logits.argmax(-1)
+    right = [{"accuracy": float(one == other)} for one, other in zip(told, labels, strict=True)]
+    accuracy = estimate(right, [row.cluster for row in rows], "accuracy", Metric(description="right"))
+    assert accuracy is not None
+    return report | {
+        "statements": accuracy.n_clusters,
+        "accuracy": accuracy.value,
+        "low": accuracy.low,
+        "high": accuracy.high,
+        "macro_f1": float(f1_score(labels, told, average="macro")),
+        "most_frequent": max(report["classes"].values()) / len(rows),
+        "loss": float(-logits[np.arange(len(rows)), labels].mean()),
+    }

@@ -4,6 +4,7 @@
 <id>.query_relevant_to_statement.json      {"statement", "queries": [...]}
 <id>.relevance.json                        {"character", "statement", "query", "relevant": "yes" | "no"}
 <id>.nli.v2.json                           {"character", "statement", "query", "response", "label"}
+<id>.natural.json                          those of the last two together; not published, ours for calibration
 <id>.rag.dpo.json                          {"prompt", "chosen", "rejected"}
 """
 
@@ -19,22 +20,20 @@ from persona.evaluation.judges.apc import CONTRADICTED, ENTAILED, NEITHER
 from persona.files import write_json
 from persona.methods.apc.characters import Character
 
-STATEMENTS, QUERIES, RELEVANCE, NLI, PAIRS = (
-    ".json", ".query_relevant_to_statement.json", ".relevance.json", ".nli.v2.json", ".rag.dpo.json",
+STATEMENTS, QUERIES, RELEVANCE, NLI, NATURAL, PAIRS = (
+    ".json", ".query_relevant_to_statement.json", ".relevance.json", ".nli.v2.json", ".natural.json", ".rag.dpo.json",
 )  # fmt: skip
 KEYS: dict[str, tuple[str, ...]] = {
     STATEMENTS: ("character", "passage", "statement"),
     QUERIES: ("statement", "queries"),
     RELEVANCE: ("character", "statement", "query", "relevant"),
     NLI: ("character", "statement", "query", "response", "label"),
+    NATURAL: ("character", "statement", "query", "response", "relevant", "label"),
     PAIRS: ("prompt", "chosen", "rejected"),
 }
 # Both spellings occur in published files; ours has the one that the judge is asked for.
 LABELS = {ENTAILED: ENTAILED, NEITHER: NEITHER, CONTRADICTED: CONTRADICTED, "contradict": CONTRADICTED}
-_VALUES: dict[str, tuple[str, Mapping[str, str]]] = {
-    RELEVANCE: ("relevant", {"yes": "yes", "no": "no"}),
-    NLI: ("label", LABELS),
-}
+_VALUES: dict[str, Mapping[str, str]] = {"relevant": {"yes": "yes", "no": "no"}, "label": LABELS}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -55,13 +54,13 @@ def read(path: Path) -> list[dict[str, Any]]:
         if lacking := [key for key in KEYS[kind] if not isinstance(row.get(key), list if key == "queries" else str)]:
             what = "a list of queries" if lacking[0] == "queries" else "a text"
             raise UserError(f"{path}, row {number}, has no {lacking[0]!r}, which should be {what}")
-        if kind in _VALUES:
-            key, known = _VALUES[kind]
-            if row[key] not in known:
-                raise UserError(
-                    f"{path}, row {number}, has the {key} {row[key]!r}, which should be {', '.join(known)}"
-                )
-            row[key] = known[row[key]]
+        for key, known in _VALUES.items():
+            if key in KEYS[kind]:
+                if row[key] not in known:
+                    raise UserError(
+                        f"{path}, row {number}, has the {key} {row[key]!r}, which should be {', '.join(known)}"
+                    )
+                row[key] = known[row[key]]
     return rows
 
 

@@ -7,6 +7,7 @@ was written to a label.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +22,12 @@ from persona.evaluation.judges.parsing import parse_json
 from persona.evaluation.prompts import Prompt
 from persona.evaluation.roles import Roles
 from persona.methods.apc.characters import Character
-from persona.methods.apc.config import APCConfig
+from persona.methods.apc.config import APCConfig, DiscriminatorConfig
 from persona.methods.statements import Statements
 from persona.types import Request, Sampling
 
 RESPONSES = Prompt.load(Path(__file__).parent / "prompts" / "responses.md")
+TRAIN, DEV, HELD_OUT = "train", "dev", "held_out"
 SHOWN_BESIDE = 4  # further statements in the prompt of a sampled reply
 
 
@@ -38,6 +40,12 @@ class Item:
     statement: str
     query: str
     response: str = ""
+
+
+def split_of(statement: str, config: DiscriminatorConfig, seed: int) -> str:
+    """Which split the rows of a statement ("owner/statement") belong to, by its hash: no statement is in two."""
+    place = seed_of(seed, "held out", statement) / 2**31
+    return HELD_OUT if place < config.held_out else DEV if place < config.held_out + config.dev else TRAIN
 
 
 # ---- relevance -----------------------------------------------------------------------------------------------------
@@ -185,6 +193,34 @@ async def judge_nli(item: Item, roles: Roles) -> Mapping[str, Any]:
     if verdict.value is None:
         raise Unscored(verdict.reason, verdict.raw)
     return {"of": item.character, **_about(item), "response": item.response, "label": verdict.value}
+
+
+# ---- as scoring meets them -----------------------------------------------------------------------------------------
+
+
+def natural_items(
+    character: Character, statements: Sequence[str], rows: Sequence[Mapping[str, Any]], config: APCConfig, seed: int
+) -> list[tuple[str, Item]]:
+    """For each statement that no discriminator is trained on, `natural` replies of the same character to any query,
+    drawn at random: shares of classes are what they are where replies are scored against all statements."""
+    own = [(row["query"], response) for row in rows if row["of"] == character.id for response in row["responses"]]
+    replies = sorted({pair for pair in own if pair[1]})
+    found = []
+    for statement in statements:
+        if split_of(f"{character.id}/{statement}", config.discriminator, seed) == TRAIN:
+            continue
+        rng = random.Random(seed_of(seed, "natural", character.id, statement))
+        found += [
+            (f"{character.id}/{statement}/{n}", Item(character.id, character.name, statement, query, response))
+            for n, (query, response) in enumerate(rng.sample(replies, min(len(replies), config.natural)))
+        ]
+    return found
+
+
+async def judge_natural(item: Item, roles: Roles) -> Mapping[str, Any]:
+    """Both of the judge's labels. Raises Unscored where one cannot be read."""
+    relevance, label = await asyncio.gather(judge_relevance(item, roles), judge_nli(item, roles))
+    return {**relevance, **label}
 
 
 def readable(rows: Sequence[dict[str, Any]], what: str) -> list[dict[str, Any]]:

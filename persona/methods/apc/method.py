@@ -5,7 +5,7 @@ python train.py experiment=town_apc stage=labels   # one of them
 
 stages/statements/      <id>.json
 stages/queries/         <id>.query_relevant_to_statement.json
-stages/labels/          <id>.relevance.json, <id>.nli.v2.json
+stages/labels/          <id>.relevance.json, <id>.nli.v2.json, <id>.natural.json
 stages/discriminators/  relevance/, nli/: model folders, each with report.json
 stages/pairs/           pairs.jsonl, <id>.rag.dpo.json
 stages/dpo/             the adapter in PEFT's format (stages/experience/ with mode "experience")
@@ -30,6 +30,7 @@ from persona.files import atomic_folder, read_lines, write_lines
 from persona.methods.apc import discriminators, formats, labels, pairs, statements
 from persona.methods.apc.characters import Character, characters
 from persona.methods.apc.config import APCConfig
+from persona.methods.apc.discriminators import Labelled
 from persona.methods.statements import Statements, StatementsConfig
 from persona.metrics.apc import Discriminators, Probabilities, Question
 from persona.personalizer import LanguageModel, Personalizer, save
@@ -110,13 +111,14 @@ class Run:
         sampled = {**common, **self._set("queries", "temperature", "max_new_tokens"),
                    "questions": [list(c.questions) for c in self.characters]}  # fmt: skip
         judged = {**sampled, **helped, **self._set("responses", "prompts", "queries_per_statement", "others",
-                                                   "other_responses"),
+                                                   "other_responses", "natural"),
+                  "held out": [config.discriminator.held_out, config.discriminator.dev],
                   "judge": [identity(judge) for judge in self.judges]}  # fmt: skip
         below_of(self.under)  # a stack that cannot be trained on is named before anything runs
         trained = {"trainer": asdict(self.trainer), "under": identity(self.under)}
         learned = {**trained, **self._set("lora", "max_length")}
-        scored = {**sampled, **self._set("reward", "relevance_model", "nli_model", "max_queries",
-                                        "samples", "gap"),
+        scored = {**sampled, **self._set("reward", "relevance_model", "nli_model", "max_queries", "samples", "told",
+                                        "prompts", "gap"), "teacher": identity(self.helper) if config.told else None,
                   "under": identity(self.under),
                   "judge": [identity(j) for j in self.judges] if config.reward == "judge" else []}  # fmt: skip
 
@@ -134,7 +136,7 @@ class Run:
             made.append(Stage("discriminators", self.train_discriminators, ["labels"], ["discriminators"], keys))
             given.append("discriminators")
         made.append(Stage("pairs", self.make_pairs, [*asked, *given], ["pairs"], scored))
-        keys = {**learned, **self._set("objective", "beta")}
+        keys = {**learned, **self._set("objective", "beta", "nll_coef")}
         return [*made, Stage("dpo", self.train_dpo, ["pairs"], ["dpo"], keys)]
 
     def _set(self, *names: str) -> dict[str, Any]:
@@ -144,11 +146,15 @@ class Run:
     @property
     def helper(self) -> Any:
         """Whoever writes: the teacher, or the base LM without anything on top."""
-        return self.teacher or LanguageModel(self.under.base, (), self.under.batch_size)
+        return self.teacher or self.plain
+
+    @property
+    def plain(self) -> LanguageModel:
+        return LanguageModel(self.under.base, (), self.under.batch_size)
 
     def generate(
         self, items: Sequence[tuple[str, Any]], episode: Callable, folder: Path, stage: str, title: str,
-        model: Any = None, judges: Sequence[Any] = (),
+        model: Any = None, judges: Sequence[Any] = (), reference: Any = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Rows of `items`, kept in the stage's work folder until it ends; a stage that was stopped goes on there.
 
@@ -157,11 +163,15 @@ class Run:
         path = folder / "work" / stage / f"{title}.jsonl"
         if not items or path.exists():
             return list(read_lines(path))
-        cast = Cast(model or self.helper, tuple(judges))
+        cast = Cast(model or self.helper, tuple(judges), reference=reference)
         return generate(
             items, episode, cast, path, settings={}, batch_size=self.under.batch_size, processes=self.processes,
             title=f"apc, {title}",
         )  # fmt: skip
+
+    def prompter(self) -> Statements:
+        """What shows all statements."""
+        return Statements(StatementsConfig(ranker="all", prompts=self.config.prompts), self.under.base)
 
     def write(self, folder: Path, files: Sequence[tuple[Character, str, Sequence[Mapping[str, Any]]]]) -> None:
         if self.processes.is_main_process:
@@ -266,8 +276,13 @@ class Run:
         for c in self.characters:
             if path := known[formats.NLI][c.id]:
                 inferred[c.id] = formats.read(path)
-        files = [(c, formats.RELEVANCE, relevance[c.id]) for c in self.characters]
-        self.write(folder / "labels", files + [(c, formats.NLI, inferred[c.id]) for c in self.characters])
+        natural: dict[str, list[dict[str, Any]]] = {c.id: [] for c in self.characters}
+        items = [item for c in left for item in labels.natural_items(c, list(queries[c.id]), responses, config, seed)]
+        judged = self.generate(items, labels.judge_natural, folder, "labels", "natural", judges=judge)
+        for row in labels.readable(judged, "of the judge on natural rows"):
+            natural[row.pop("of")].append(row)
+        kinds = ((formats.RELEVANCE, relevance), (formats.NLI, inferred), (formats.NATURAL, natural))
+        self.write(folder / "labels", [(c, kind, rows[c.id]) for kind, rows in kinds for c in self.characters])
 
     def responses(
         self, folder: Path, left: Sequence[Character], own: Mapping[str, list], queries: Mapping[str, Mapping]
@@ -279,7 +294,7 @@ class Run:
             episode = partial(labels.write_responses, seed=self.trainer.seed)
             made = self.generate(named, episode, folder, "labels", "responses")
             return labels.readable(made, "of the teacher with three responses")
-        prompter = Statements(StatementsConfig(ranker="all", prompts=self.config.prompts), self.under.base)
+        prompter = self.prompter()
         of = {c.id: c for c in left}
 
         async def sample(item: tuple[str, labels.Item], roles: Any) -> Mapping[str, Any]:
@@ -289,21 +304,25 @@ class Run:
                 item, roles, character, own_statements, prompter, self.config, self.trainer.seed
             )
 
-        return labels.readable(self.generate(named, sample, folder, "labels", "responses"), "sampled")
+        made = self.generate(named, sample, folder, "labels", "responses", model=self.plain)
+        return labels.readable(made, "sampled")
 
     # ---- discriminators ------------------------------------------------------------------------------------------
 
     def train_discriminators(self, folder: Path) -> None:
-        rows: dict[str, list[discriminators.Labelled]] = {"relevance": [], "nli": []}
+        rows, natural = ({"relevance": list[Labelled](), "nli": list[Labelled]()} for _ in range(2))
         for c in self.characters:
             for row in formats.read(folder / "labels" / f"{c.file}{formats.RELEVANCE}"):
                 rows["relevance"].append(discriminators.relevance_row(row, c.id))
             for row in formats.read(folder / "labels" / f"{c.file}{formats.NLI}"):
                 rows["nli"].append(discriminators.nli_row(row, c.id))
+            for row in formats.read(folder / "labels" / f"{c.file}{formats.NATURAL}"):
+                natural["relevance"].append(discriminators.relevance_row(row, c.id))
+                natural["nli"].append(discriminators.nli_row(row, c.id))
         work = folder / "work" / "discriminators"
         for task, own in rows.items():
             config, target = self.config.discriminator, folder / "discriminators" / task
-            discriminators.train_discriminator(task, own, config, self.trainer, work / task, target)
+            discriminators.train_discriminator(task, own, natural[task], config, self.trainer, work / task, target)
 
     def scorer(self, folder: Path) -> Discriminators:
         own = folder / "discriminators"
@@ -324,11 +343,13 @@ class Run:
             items += [(f"{c.id}/{number}", (f"{c.id}/{query}", query)) for number, query in enumerate(queries)]
         of = {name: told[name.rpartition("/")[0]] for name, _ in items}
         named = [(name, (name, *item)) for name, item in items]
+        prompter = self.prompter()
 
         async def sample(item: tuple[str, str, str], roles: Any) -> Mapping[str, Any]:
-            return await pairs.sample_replies(item[1:], roles, of[item[0]], config, seed)
+            return await pairs.sample_replies(item[1:], roles, of[item[0]], prompter, config, seed)
 
-        rows = self.generate(named, sample, folder, "pairs", "replies", model=self.under)
+        teacher = self.helper if config.told else None
+        rows = self.generate(named, sample, folder, "pairs", "replies", model=self.under, reference=teacher)
         rows = labels.readable(rows, "of the LM")
         questions = [
             Question(told[r["of"]].name, told[r["of"]].persona.statements, r["query"], tuple(r["replies"]))
@@ -355,8 +376,14 @@ class Run:
         judge = labels.one_judge(self.judges)
         verdicts = self.generate(items, pairs.judge_replies, folder, "pairs", "scores", judges=judge)
         labels.readable(verdicts, "of the judge on replies")
-        scored = [(row, pairs.probabilities(v)) for row, v in zip(rows, verdicts, strict=True) if "reason" not in v]
-        return [row for row, _ in scored], [found for _, found in scored]
+        kept, found = [], []
+        for row, verdict in zip(rows, verdicts, strict=True):
+            if "reason" not in verdict:
+                kept.append({**row, "replies": [row["replies"][place] for place in verdict["kept"]]})
+                found.append(pairs.probabilities(verdict))
+        if silent := sum(len(row["replies"]) for row in rows) - sum(len(row["replies"]) for row in kept):
+            logger.warning("%d replies with a verdict that cannot be read are left out", silent)
+        return kept, found
 
     def prefer(
         self, rows: Sequence[Mapping[str, Any]], found: Sequence[Probabilities], told: Mapping[str, Character]
@@ -410,9 +437,9 @@ class Run:
             splits = {False: splits[True], True: []}
         work = folder / "work" / "dpo"
         train_preferences(
-            self.under.base, splits[False], splits[True], beta=self.config.beta, lora=self.config.lora,
-            below=below_of(self.under), max_length=self.config.max_length, trainer=self.trainer,
-            out=work,
+            self.under.base, splits[False], splits[True], beta=self.config.beta, nll_coef=self.config.nll_coef,
+            lora=self.config.lora, below=below_of(self.under), max_length=self.config.max_length,
+            trainer=self.trainer, out=work,
         )  # fmt: skip
         keep(work, folder / "dpo")
 

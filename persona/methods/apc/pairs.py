@@ -17,6 +17,7 @@ from persona.evaluation.roles import Roles
 from persona.lm import BaseLM
 from persona.methods.apc.characters import Character
 from persona.methods.apc.config import APCConfig
+from persona.methods.statements import Statements
 from persona.metrics.apc import Probabilities, Question
 from persona.types import Message, Request, Sampling
 
@@ -65,30 +66,37 @@ def statement_weights(found: Probabilities, chosen: int, rejected: int) -> tuple
 
 
 async def sample_replies(
-    item: tuple[str, str], roles: Roles, character: Character, config: APCConfig, seed: int
+    item: tuple[str, str], roles: Roles, character: Character, prompter: Statements, config: APCConfig, seed: int
 ) -> Mapping[str, Any]:
-    """(name, query) → `samples` replies of the LM that is to be trained."""
+    """(name, query) → `samples` replies of the LM that is to be trained, and `told` ones of the teacher, who is the
+    reference and has all statements in its prompt."""
     name, query = item
 
     async def one(number: int) -> str:
         sampling = Sampling(config.max_new_tokens, config.temperature, seed=seed_of(seed, "replies", name, number))
         request = Request(character.ask(query), character.persona, sampling, task=character.task)
-        return (await roles.model.respond(request)).text.strip()
+        if number < config.samples:
+            return (await roles.model.respond(request)).text.strip()
+        assert roles.reference is not None
+        return (await roles.reference.respond(prompter.prompt([request])[0])).text.strip()
 
-    replies = await asyncio.gather(*(one(number) for number in range(config.samples)))
+    replies = await asyncio.gather(*(one(number) for number in range(config.samples + config.told)))
     return {"of": character.id, "query": query, "replies": list(replies)}
 
 
 async def judge_replies(question: Question, roles: Roles) -> Mapping[str, Any]:
-    """The judge's probabilities, 0 or 1, of every reply. Raises Unscored where a verdict on one cannot be read."""
-    found = await judged(roles.judges[0], question)
-    if unread := [one for one in found if isinstance(one, Unscored)]:
-        raise unread[0]
-    known = [one for one in found if isinstance(one, Probabilities)]
+    """The judge's probabilities, 0 or 1, of the replies `kept`: those whose verdicts can all be read. Raises Unscored
+    where these are fewer than two, and where a call has failed."""
+    found = [each.found for each in await judged(roles.judges[0], question)]
+    unread = [one for one in found if isinstance(one, Unscored)]
+    known = [(place, one) for place, one in enumerate(found) if isinstance(one, Probabilities)]
+    if unread and (len(known) < 2 or any(one.failed for one in unread)):
+        raise max(unread, key=lambda one: one.failed)
     return {
-        "relevance": known[0].relevance.tolist(),
-        "entailment": [one.entailment[0].tolist() for one in known],
-        "contradiction": [one.contradiction[0].tolist() for one in known],
+        "kept": [place for place, _ in known],
+        "relevance": known[0][1].relevance.tolist(),
+        "entailment": [one.entailment[0].tolist() for _, one in known],
+        "contradiction": [one.contradiction[0].tolist() for _, one in known],
     }
 
 

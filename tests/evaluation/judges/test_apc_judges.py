@@ -32,13 +32,17 @@ def judge(labels=LABELS, relevant=RELEVANT, asked=None):
     return ScriptedJudge("scripted", reply)
 
 
+def probabilities(judge, question, compat=None):
+    return [each.found for each in asyncio.run(apc.judged(judge, question, compat))]
+
+
 def scores(found):
     return [apc_score(*one).total.item() for one in found]
 
 
 def test_every_statement_is_asked_about_and_relevance_once():
     asked = []
-    first, second = asyncio.run(apc.judged(judge(asked=asked), QUESTION))
+    first, second = probabilities(judge(asked=asked), QUESTION)
     assert asked.count("apc_relevance") == 3 and asked.count("apc_nli") == 6
     np.testing.assert_array_equal(first.relevance, [1, 0, 0])
     np.testing.assert_array_equal(first.entailment, [[1, 0, 0]])
@@ -49,19 +53,19 @@ def test_every_statement_is_asked_about_and_relevance_once():
 
 def test_the_published_scorer_never_punishes_the_word_it_asks_for():
     """The reply "contradicted" speaks for no class there, "contradict" does (docs/errata.md)."""
-    assert scores(asyncio.run(apc.judged(judge(), QUESTION, compat="reference"))) == [2 + 1, 0 + 0 + 1]
+    assert scores(probabilities(judge(), QUESTION, "reference")) == [2 + 1, 0 + 0 + 1]
 
 
 def test_what_cannot_be_read_is_unscored_and_was_free_as_published():
     labels = {"i keep bees": {**LABELS["i keep bees"], "ann is old": "who knows"}}
     question = Question("Ann", STATEMENTS, "pets?", ("i keep bees",))
-    (found,) = asyncio.run(apc.judged(judge(labels), question))
+    (found,) = probabilities(judge(labels), question)
     assert isinstance(found, Unscored)
     assert found.reason.startswith("1 of 6 verdicts could not be read: ") and found.raw == "who knows"
     # As published: an NLI reply of another kind costs a passive statement nothing, a relevance one earns nothing.
-    assert scores(asyncio.run(apc.judged(judge(labels), question, "reference"))) == [3]
+    assert scores(probabilities(judge(labels), question, "reference")) == [3]
     relevant = {**RELEVANT, "ann is old": "perhaps"}
-    assert scores(asyncio.run(apc.judged(judge(relevant=relevant), question, "reference"))) == [2]
+    assert scores(probabilities(judge(relevant=relevant), question, "reference")) == [2]
 
 
 @pytest.mark.parametrize("reply", ("neutral or entailed", "", "yes"))
@@ -81,7 +85,7 @@ def test_spellings(reply, label):
 def test_the_town_s_oracle_answers_both_questions():
     statements = ("the pet of ada is cat .", "ada loves old things .", "ada talks like a sailor .")
     question = Question("ada", statements, "what is your pet ?", ("my pet is cat .", "my pet is dog .", "a cat"))
-    good, bad, foreign = asyncio.run(apc.judged(OracleJudge(), question))
+    good, bad, foreign = probabilities(OracleJudge(), question)
     np.testing.assert_array_equal(good.relevance, [1, 0, 1])
     np.testing.assert_array_equal(good.entailment, [[1, 0, 0]])
     np.testing.assert_array_equal(bad.contradiction, [[1, 0, 0]])
