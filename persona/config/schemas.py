@@ -36,9 +36,11 @@ from persona.data import (
     BiographyConfig,
     ConstitutionConfig,
     DataConfig,
+    RolesConfig,
     SituationsConfig,
     TownCharactersConfig,
     TownConfig,
+    TownRolesConfig,
     TownSituationsConfig,
 )
 from persona.evaluation.endpoints.endpoint import EndpointConfig
@@ -125,9 +127,11 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_biography": BiographyConfig,
         "base_constitution": ConstitutionConfig,
         "base_data": DataConfig,
+        "base_roles": RolesConfig,
         "base_situations": SituationsConfig,
         "base_town": TownConfig,
         "base_town_characters": TownCharactersConfig,
+        "base_town_roles": TownRolesConfig,
         "base_town_situations": TownSituationsConfig,
     },
     "method": {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from persona.data import biography, constitution, jsonl, lamp, situations, town
+from persona.data import biography, constitution, jsonl, lamp, roles, situations, town
 from persona.data import lamp_tasks as lamp_tasks  # registers LaMP's tasks
 from persona.data.base import DataConfig, People, Task, register, task
 from persona.data.biography import BiographyConfig
 from persona.data.constitution import ConstitutionConfig
+from persona.data.roles import RolesConfig, TownRolesConfig
 from persona.data.situations import SituationsConfig
 from persona.data.town import TownCharactersConfig, TownConfig, TownSituationsConfig
 from persona.errors import UserError
@@ -16,10 +17,12 @@ __all__ = [
     "ConstitutionConfig",
     "DataConfig",
     "People",
+    "RolesConfig",
     "SituationsConfig",
     "Task",
     "TownCharactersConfig",
     "TownConfig",
+    "TownRolesConfig",
     "TownSituationsConfig",
     "load",
     "register",
@@ -27,6 +30,8 @@ __all__ = [
 ]
 
 READERS = {
+    "roles": roles.load,
+    "town_roles": roles.load_town,
     "lamp": lamp.load,
     "jsonl": jsonl.load,
     "biography": biography.load,
@@ -42,9 +47,11 @@ Config = (
     BiographyConfig
     | ConstitutionConfig
     | DataConfig
+    | RolesConfig
     | SituationsConfig
     | TownCharactersConfig
     | TownConfig
+    | TownRolesConfig
     | TownSituationsConfig
 )
 
