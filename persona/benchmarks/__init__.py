@@ -23,6 +23,7 @@ BENCHMARKS = {
     "personaeval": "persona.benchmarks.personaeval",
     "rmtbench": "persona.benchmarks.rmtbench",
     "emobench": "persona.benchmarks.emobench",
+    "eq_bench": "persona.benchmarks.eq_bench",
     "apc": "persona.benchmarks.apc",
     "character": "persona.benchmarks.character",
     "coherence": "persona.benchmarks.coherence",

@@ -21,6 +21,7 @@ from persona.benchmarks.coherence import CoherenceConfig
 from persona.benchmarks.drift import DriftConfig
 from persona.benchmarks.emobench import LANGUAGES, EmoBenchConfig
 from persona.benchmarks.emobench import MODES as CHOICE_MODES
+from persona.benchmarks.eq_bench import EQBenchConfig
 from persona.benchmarks.lm_eval import LmEvalConfig
 from persona.benchmarks.persobench import PersoBenchConfig
 from persona.benchmarks.personaeval import PersonaEvalConfig
@@ -151,6 +152,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_coherence": CoherenceConfig,
         "base_emobench": EmoBenchConfig,
         "base_drift": DriftConfig,
+        "base_eq_bench": EQBenchConfig,
         "base_lm_eval": LmEvalConfig,
         "base_persobench": PersoBenchConfig,
         "base_personaeval": PersonaEvalConfig,
