@@ -10,7 +10,8 @@ A trait is 1 (its high pole is called for), -1 (its low pole) or 0. `expert_vect
 of POLES: above 0 exactly for the poles that `traits` calls for. A query without any is neutral. `cot`, how the traits
 were found, is kept beside the response and is never learned from. `split` is train, dev or test.
 
-`data=town_situations` (persona/data/town.py) hands out the same without a file.
+`data=town_situations` (persona/data/town.py) hands out the same without a file. A file of bare queries, rows of no
+more than id, messages and source, is the pool that PersonaFuse's stage "synthesis" annotates.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from persona.types import Message, Sample
 TRAITS = {"O": "openness", "C": "conscientiousness", "E": "extraversion", "A": "agreeableness", "N": "neuroticism"}
 POLES = tuple(f"{trait}{sign}" for trait in TRAITS for sign in "+-")  # the order of every expert vector
 KEYS = ("id", "messages", "response", "cot", "traits", "expert_vector", "source", "split")
+QUERY_KEYS = ("id", "messages", "source")
 ROLES = ("system", "user", "assistant")
 TASK = register(plain_task("situation"))
 
@@ -95,7 +97,7 @@ def load(config: SituationsConfig) -> People:
     pairs: dict[tuple[tuple[Message, ...], str], int] = {}
     for line, row, _ in read_jsonl(path):
         where = f"{path}, line {line}"
-        sample, split = _sample(row, where)
+        sample, split = _query(row, where) if set(row) <= set(QUERY_KEYS) else _sample(row, where)
         if (first := ids.setdefault(sample.id, line)) != line:
             raise UserError(f"{where} repeats the id {sample.id!r} of line {first}; every id should occur once")
         if (first := pairs.setdefault((sample.messages, sample.target), line)) != line:
@@ -109,8 +111,21 @@ def load(config: SituationsConfig) -> People:
         splits[split].append(sample)
     if not splits["train"]:
         raise UserError(f"{path} has no row of split 'train' to learn from")
+    known = {annotated(sample): sample.id for samples in splits.values() for sample in samples}
+    if len(known) > 1:
+        raise UserError(
+            f"{path} holds annotated rows (id {known[True]}) and bare queries (id {known[False]}): put them into two "
+            "files"
+        )
     cut = {split: tuple(samples[: config.limit]) for split, samples in splits.items()}
     return People(f"situations/{path.stem}", {TASK.name: TASK}, cut["train"], cut["dev"], cut["test"])
+
+
+def _query(row: Mapping[str, Any], where: str) -> tuple[Sample, str]:
+    """A query of which nothing is known yet; all of them are of the train split."""
+    id = field(row, "id", where)
+    notes = {"source": field(row, "source", where)} if "source" in row else {}
+    return Sample(id, _messages(row.get("messages"), f"{where} (id {id})"), task=TASK.name, metadata=notes), "train"
 
 
 def _sample(row: Mapping[str, Any], where: str) -> tuple[Sample, str]:

@@ -19,6 +19,7 @@ NEUTRAL = {
     **ROW, "id": "q2", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}],
     "response": "4", "cot": None, "traits": dict.fromkeys("OCEAN", 0), "expert_vector": [0] * 10, "split": "dev",
 }  # fmt: skip
+QUERY = {"id": "q4", "messages": [{"role": "user", "content": "My boat is gone."}], "source": "ours"}
 
 
 @pytest.fixture
@@ -38,6 +39,16 @@ def test_rows_are_read_as_written(read):
     assert traits_of(first) == TRAITS and expert_vector_of(first) == tuple(VECTOR)
     assert not any(expert_vector_of(second)) and people.test == () and set(people.tasks) == {"situation"}
     assert "high stakes" not in json.dumps([first.target, dict(first.metadata)]), "the reasoning is not learned from"
+
+
+def test_bare_queries_are_a_pool(read):
+    people = read(QUERY, {key: value for key, value in QUERY.items() if key != "source"} | {
+        "id": "q5", "messages": [{"role": "user", "content": "Where is it?"}]})  # fmt: skip
+    assert [(s.id, s.target, dict(s.metadata)) for s in people.train] == [
+        ("q4", "", {"source": "ours"}),
+        ("q5", "", {}),
+    ]
+    assert not any(annotated(sample) for sample in people.train) and people.dev == people.test == ()
 
 
 def test_limit_is_per_split(read):
@@ -76,6 +87,7 @@ def test_expert_vector_by_hand():
         ([ROW, ROW], "line 2 repeats the id 'q1' of line 1"),
         ([ROW, {**ROW, "id": "q3"}], "line 2 repeats query and response of line 1"),
         ([ROW, {**ROW, "id": "q3", "split": "dev", "response": "b"}], "has the query of line 1 in split 'dev', there"),
+        ([ROW, QUERY], r"holds annotated rows \(id q1\) and bare queries \(id q4\): put them into two files"),
         ([NEUTRAL], "sft.jsonl has no row of split 'train'"),
         ([], "sft.jsonl has no row of split 'train'"),
     ),
