@@ -62,6 +62,7 @@ from persona.methods.persona_fuse.config import (
     RouterStageConfig,
     WarmupConfig,
 )
+from persona.methods.persona_fuse.synthesis import SynthesisConfig
 from persona.methods.persona_plug import PersonaPlugConfig
 from persona.methods.steering import SteeringConfig
 from persona.training.trainer import TrainerConfig
@@ -212,6 +213,7 @@ POSITIVE: dict[type, tuple[str, ...]] = {
     PersonaFuseConfig: ("tau", "max_length"),
     RouterConfig: ("temperature", "hidden", "dim", "max_length"),
     RouterStageConfig: ("learning_rate", "encoder_learning_rate", "epochs", "batch_size"),
+    SynthesisConfig: ("max_words", "overlap", "top_p", "max_new_tokens"),
     WarmupConfig: ("learning_rate", "epochs", "batch_size"),
     PersonaPlugConfig: ("history_limit", "temperature", "max_input_length"),
     APCConfig: (

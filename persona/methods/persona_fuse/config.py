@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from persona.encoders import EncoderConfig
+from persona.methods.persona_fuse.synthesis import SynthesisConfig
 from persona.training.lora import LoraSettings
 
 GRANULARITIES = ("sequence", "layer", "token")
@@ -92,6 +93,7 @@ class PersonaFuseConfig:
     length of the call, at the price of a copy of the adapted weights."""
 
     name: str = "persona_fuse"
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     lora: LoraSettings = field(default_factory=_lora)
     router: RouterConfig = field(default_factory=RouterConfig)
     tau: float = 0.07

@@ -1,5 +1,6 @@
 """The stages in their order: what each reads, writes and depends on.
 
+stages/sft.jsonl                      where the data are bare queries: what the stage "synthesis" made of them
 stages/warmup/   <pole>/               each expert, in PEFT's format
 stages/router/   router.safetensors    encoder (where it is trained), head, expert vectors
                  routing.json          how often it is right, on which experts its gates lie
@@ -21,6 +22,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from persona.data.base import People
+from persona.data.situations import SituationsConfig, load
 from persona.errors import UserError
 from persona.evaluation.generation import fingerprint, seed_of
 from persona.evaluation.roles import identity
@@ -37,22 +39,26 @@ from persona.training.stages import Stage
 from persona.training.trainer import TrainerConfig
 
 logger = logging.getLogger(__name__)
-STAGES = ("warmup", "router", "joint")
+STAGES = ("synthesis", "warmup", "router", "joint")
 
 
 @dataclass
 class Run:
-    """One run of the method; each stage is a method of its name that takes the folder of all stages."""
+    """One run of the method; each stage is a method of its name that takes the folder of all stages, but for
+    `synthesis`: None where `people` are annotated."""
 
     config: PersonaFuseConfig
     under: LanguageModel
     people: People
     trainer: TrainerConfig
     processes: PartialState
+    synthesis: Stage | None = None
 
     def __post_init__(self) -> None:
-        if odd := [name for name in self.config.skip if name not in STAGES]:
-            raise UserError(f"method.skip names {odd[0]}, which is no stage: there are {', '.join(STAGES)}")
+        if odd := [name for name in self.config.skip if name not in STAGES[1:]]:
+            raise UserError(
+                f"method.skip names {odd[0]}, which is no stage to leave out: there are {', '.join(STAGES[1:])}"
+            )
 
     def stages(self) -> list[Stage]:
         c = self.config
@@ -60,40 +66,44 @@ class Run:
         common = {
             "under": identity(self.under),
             "trainer": asdict(self.trainer),
-            "data": fingerprint([(f"{split}/{one.id}", one) for split, one in samples]),
+            "data": None if self.synthesis else fingerprint([(f"{split}/{one.id}", one) for split, one in samples]),
             "max_length": c.max_length,
         }
         routed = {**common, "router": asdict(c.router), "tau": c.tau, "similarity": c.similarity}
+        data = ["sft.jsonl"] if self.synthesis else []
+        before = [name for name in ("warmup", "router") if name not in c.skip]
         made = [
-            Stage("warmup", self.warmup, (), ("warmup",), {**common, "lora": asdict(c.lora), "warmup":
-            asdict(c.warmup)}), Stage("router", self.router, (), ("router",), {**routed, "routing":
-            asdict(c.routing)}), Stage("joint", self.joint, [name for name in STAGES[:2] if name not in c.skip],
-            ("joint",),
+            Stage("warmup", self.warmup, data, ("warmup",),
+                  {**common, "lora": asdict(c.lora), "warmup": asdict(c.warmup)}),
+            Stage("router", self.router, data, ("router",), {**routed, "routing": asdict(c.routing)}),
+            Stage("joint", self.joint, [*data, *before], ("joint",),
                   {**routed, "lora": asdict(c.lora), "joint": asdict(c.joint), "skip": list(c.skip)}),
         ]  # fmt: skip
-        return [stage for stage in made if stage.name not in c.skip]
+        made = [stage for stage in made if stage.name not in c.skip]
+        return [self.synthesis, *made] if self.synthesis else made
 
-    def rows(self, split: str, out: Path | None = None) -> list[Row]:
-        return rows_of(self.under, self.people.split(split), self.config.max_length, out)
+    def rows(self, folder: Path, split: str, out: Path | None = None) -> list[Row]:
+        people = load(SituationsConfig(path=str(folder / "sft.jsonl"))) if self.synthesis else self.people
+        return rows_of(self.under, people.split(split), self.config.max_length, out)
 
     # ---- the stages ----------------------------------------------------------------------------------------------
 
     def warmup(self, folder: Path) -> None:
         work = folder / "work" / "warmup"
-        experts = training.warm_up(self.under, self.rows("train", work), self.config, self.trainer, work)
+        experts = training.warm_up(self.under, self.rows(folder, "train", work), self.config, self.trainer, work)
         self._keep(work, folder / "warmup", experts=experts)
 
     def router(self, folder: Path) -> None:
         work = folder / "work" / "router"
         made = self._mixture(Experts.new(self.under.base, self.config.lora, self.trainer.seed))  # they play no part
-        rows, dev = self.rows("train", work), self.rows("dev")
+        rows, dev = self.rows(folder, "train", work), self.rows(folder, "dev")
         training.train_router(self.under, made, rows, dev, self.config, self.trainer, work)
         self._keep(work, folder / "router", made, rows=rows, dev=dev)
 
     def joint(self, folder: Path) -> None:
         work = folder / "work" / "joint"
         made = self.before_joint(folder)
-        rows, dev = self.rows("train", work), self.rows("dev")
+        rows, dev = self.rows(folder, "train", work), self.rows(folder, "dev")
         training.train_joint(self.under, made, rows, dev, self.config, self.trainer, work)
         self._keep(work, folder / "joint", made, made.experts, rows, dev)
 

@@ -24,9 +24,11 @@ from persona.methods.persona_fuse import training
 from persona.methods.persona_fuse.config import JointConfig, WarmupConfig
 from persona.methods.persona_fuse.data import Rounds, Row, Twos, rows_of, targets_of
 from persona.methods.persona_fuse.experts import FOLDERS
-from persona.methods.persona_fuse.pipeline import STAGES
+from persona.methods.persona_fuse.pipeline import STAGES as ALL_STAGES
 from persona.methods.persona_fuse.routing import collapse, report, trace
 from persona.personalizer import LanguageModel
+
+STAGES = ALL_STAGES[1:]  # toy people are annotated: there is nothing to synthesize
 
 
 def run(llama, out, people=None, stage=None, options=None, **changes):

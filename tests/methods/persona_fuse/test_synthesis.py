@@ -10,12 +10,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from fuse_toys import config, trainer
 
 from persona.data import SituationsConfig, load
 from persona.data.situations import annotated, expert_vector, expert_vector_of, traits_of
 from persona.errors import UserError
 from persona.evaluation.endpoints.endpoint import Endpoint, EndpointConfig
 from persona.evaluation.judges.judging import Unreadable
+from persona.methods import persona_fuse
 from persona.methods.persona_fuse.synthesis import (
     SHOWN,
     SynthesisConfig,
@@ -26,6 +28,7 @@ from persona.methods.persona_fuse.synthesis import (
     stage,
     stratified,
 )
+from persona.personalizer import LanguageModel
 from persona.training.stages import run_stages
 from persona.types import Message, Sample
 
@@ -143,6 +146,29 @@ def test_a_teacher_that_dies_half_way_is_asked_for_the_rest(tmp_path):
         asked = len(server.seen)
         assert run(server, queries, tmp_path / "a") == resumed and len(server.seen) == asked, "nothing has changed"
         assert run(server, queries, tmp_path / "b") == resumed
+
+
+def test_a_pool_of_queries_is_the_methods_first_stage(llama, tmp_path):
+    """From a file of bare queries to a personalizer; what was synthesized is learned from, and not asked for again."""
+    queries = [{"id": s.id, "messages": [{"role": "user", "content": s.messages[0].content}]} for s in pool(*GOOD)]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    people = load(SituationsConfig(path=str(tmp_path / "pool.jsonl")))
+    settings, under = config(llama), LanguageModel(llama)
+
+    def train(stage=None):
+        return persona_fuse.train(
+            settings, under, people, trainer(max_steps=1), tmp_path, teacher=endpoint(server), stage=stage
+        )
+
+    with FaultServer(scripted) as server:
+        with pytest.raises(UserError, match="stage=warmup builds on stage synthesis, but it has not run"):
+            train("warmup")
+        assert train("synthesis") == tmp_path / "stages" and not (tmp_path / "stages" / "warmup").exists()
+        asked = len(server.seen)
+        assert train() == tmp_path / "personalizer" and len(server.seen) == asked == 3 * 48
+    traces = (tmp_path / "stages" / "joint" / "traces.jsonl").read_text().splitlines()
+    dev = len(load(SituationsConfig(path=str(tmp_path / "stages" / "sft.jsonl"))).dev)
+    assert len(traces) == (dev or 48) and (tmp_path / "stages" / "records" / "synthesis.json").is_file()
 
 
 # ---- pure parts -----------------------------------------------------------------------------------------------------
