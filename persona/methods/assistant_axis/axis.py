@@ -18,17 +18,15 @@ from persona.errors import UserError
 FULLY, SOMEWHAT = 3, 2  # the judge's scores: wholly in the role; an AI with some of the role's attributes
 SHARES = (0.70, 0.80, 0.90, 0.95)  # of the variance, for which the number of dimensions is reported
 
-Vectors = Mapping[str, Any] | Sequence[Any] | np.ndarray | Tensor
 
-
-def compute_axis(default_vector: Any, role_vectors: Vectors) -> Any:
+def compute_axis(default_vector: Any, role_vectors: Mapping[str, Any] | Sequence[Any] | np.ndarray) -> Any:
     """default - mean over roles: [L, H] (or any one shape), not normalised (reference 3.4).
 
     `role_vectors`: one vector for each role, as a mapping by name, a sequence, or stacked in front. Each role weighs
     the same, however many rollouts it is the mean of. numpy in, numpy out; tensors give a tensor on the default's
     device. Raises UserError without any role, for shapes that differ and for values that are not finite.
     """
-    named = dict(role_vectors if isinstance(role_vectors, Mapping) else enumerate(role_vectors))
+    named: dict[Any, Any] = dict(role_vectors if isinstance(role_vectors, Mapping) else enumerate(role_vectors))
     if not named:
         raise UserError("there is no role vector: an axis is the default vector minus the mean of at least one")
     default = _finite("default", default_vector)

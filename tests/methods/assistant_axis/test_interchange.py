@@ -143,7 +143,7 @@ def vector(name: str, layer: int, size: int) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda c: rename(c, "layers_2:3-p0.25"), "caps the layers 2, 3, and by its name should those from 2 to before 3"),
+        (lambda c: rename(c, "layers_2:3-p0.25"), "layers 2, 3, and by its name should those from 2 to before 3"),
         (lambda c: interventions(c).append({"vector": "ghost", "cap": 1.0}), "along ghost, and there is no vector"),
         (lambda c: interventions(c).append(interventions(c)[0]), "more than once"),
         (lambda c: c["vectors"].update(vector("layer_9/x", 9, HIDDEN)), "layer_9/x is of layer 9"),
