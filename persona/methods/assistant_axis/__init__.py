@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from persona.lm.edits import add, cap
 from persona.methods.assistant_axis.axis import compute_axis
 from persona.metrics.projection import project
 
-__all__ = ["compute_axis", "project", "steer"]
+__all__ = ["cap", "compute_axis", "project", "steer"]
 
 
 def steer(hidden: Tensor, axis: Tensor, alpha: float, mean_norm: float) -> Tensor:
@@ -21,4 +22,4 @@ def steer(hidden: Tensor, axis: Tensor, alpha: float, mean_norm: float) -> Tenso
     `mean_norm` is the mean norm of the layer's states on ordinary text, so that `alpha` means the same in every model;
     below zero it leads away from the assistant. The state keeps its dtype.
     """
-    return hidden + (alpha * mean_norm * axis.float() / axis.float().norm()).to(hidden)
+    return add(hidden, axis, alpha, mean_norm)

@@ -30,6 +30,8 @@ from torch import Tensor
 
 from persona.errors import UserError
 from persona.files import atomic_folder, atomic_write
+from persona.lm.edits import Edit
+from persona.lm.residual import Site
 
 logger = logging.getLogger(__name__)
 PLAIN, VECTORS = "axis.safetensors", "vectors.safetensors"  # what the method's stages and personalizer call them
@@ -43,6 +45,10 @@ class Cap:
     id: str
     directions: Mapping[int, Tensor]
     floors: Mapping[int, float]
+
+    def edits(self) -> list[Edit]:
+        """What `persona.lm.edits.edited` takes: the cap at every position, as published."""
+        return [Edit(Site(layer), "cap", v, floor=self.floors[layer]) for layer, v in self.directions.items()]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from persona.errors import UserError
+from persona.lm import BaseLM
+from persona.lm.edits import cap as capped
+from persona.lm.edits import edited
 from persona.methods.assistant_axis.interchange import (
     AxisFile,
     Cap,
@@ -95,6 +98,33 @@ def test_hub_layout_there_and_back(tmp_path: Path, content: AxisFile) -> None:
     }  # fmt: skip
     with pytest.raises(UserError, match="exists"):
         write_hub(tmp_path / "hub", content)
+
+
+def test_a_published_cap_does_what_was_published(tmp_path: Path) -> None:
+    """The published operation on what is stored, worked out here, against the floors that are read from it."""
+    (found,) = read_hub(publish(tmp_path / "hub")).caps.values()
+    stored = torch.load(tmp_path / "hub" / "capping_config.pt", weights_only=True)
+    hidden = 3 * torch.randn(200, HIDDEN, generator=torch.Generator().manual_seed(9))
+    for one in stored["experiments"][0]["interventions"]:
+        entry = stored["vectors"][one["vector"]]
+        v = entry["vector"] / entry["vector"].norm()
+        published = hidden - (hidden @ v - one["cap"]).clamp(min=0)[:, None] * v
+        ours = capped(hidden, found.directions[entry["layer"]], floor=found.floors[entry["layer"]])
+        assert 20 < int((ours != hidden).any(dim=1).sum()) < 200
+        assert (ours - published).abs().max() < 1e-5
+
+
+def test_a_cap_that_was_written_and_read_acts_the_same(tmp_path: Path, llama: BaseLM) -> None:
+    axis = torch.randn(2, llama.hidden_size, generator=torch.Generator().manual_seed(3))
+    cap = Cap("layers_0:2-p0.25", {0: axis[0], 1: axis[1]}, {0: 0.4, 1: 0.7})
+    write_hub(tmp_path / "hub", AxisFile(axis, caps={cap.id: cap}))
+    ids = torch.arange(4, 24)[None]
+    logits = []
+    for edits in ((), cap.edits(), read_hub(tmp_path / "hub").caps[cap.id].edits()):
+        with torch.no_grad(), edited(llama.model, edits):
+            logits.append(llama.model(input_ids=ids).logits)
+    untouched, before, after = logits
+    assert torch.equal(before, after) and not torch.equal(before, untouched)
 
 
 def test_files_of_the_published_pipeline_are_read_too(tmp_path: Path) -> None:
