@@ -29,14 +29,17 @@ BENCHMARKS = {
     "coherence": "persona.benchmarks.coherence",
     "revealed_preferences": "persona.benchmarks.revealed_preferences",
     "role_susceptibility": "persona.benchmarks.role_susceptibility",
+    "persona_jailbreak": "persona.benchmarks.persona_jailbreak",
     "drift": "persona.benchmarks.drift",
+    "drift_harm": "persona.benchmarks.drift_harm",
+    "base_prefills": "persona.benchmarks.base_prefills",
     "town_tasks": "persona.benchmarks.town_tasks",
     "town_traits": "persona.benchmarks.town_traits",
     "lm_eval": "persona.benchmarks.lm_eval",
 }
 OVER_PEOPLE = ("lamp", "town", "town_traits", "apc", "character", "coherence")
-# Left out of benchmark=all: over people of their own kind, or with tasks to be named.
-NOT_IN_ALL = ("apc", "character", "coherence", "town_traits", "lm_eval")
+# Left out of benchmark=all: over people of their own kind, or with tasks or an axis to be named.
+NOT_IN_ALL = ("apc", "character", "coherence", "town_traits", "lm_eval", "drift_harm")
 
 
 @dataclass

@@ -36,6 +36,7 @@ from persona.benchmarks.role_susceptibility import (
     check_language,
     draw,
     limited,
+    no_town_roles,
     rows_of,
     something,
     text_of,
@@ -215,8 +216,8 @@ class Drift(Benchmark):
         self.axis = None if config.axis is None else Axis.load(config.axis, config.layer)
         self.version = "1" if self.axis is None else f"1, axis {self.axis.digest}"
         in_town = config.path is None and config.language == "town"
-        if not in_town and (config.roles or config.split != "all"):
-            raise UserError("benchmark.roles and benchmark.split choose among the town's roles: leave them out here")
+        if not in_town:
+            no_town_roles(config)
         samples = list(_town(config) if in_town else _from_file(config))
         self._samples = limited(config, samples)
         self.needs = () if self.axis else ("judge",)
@@ -306,7 +307,7 @@ class Drift(Benchmark):
         return anything(self.config.language)
 
     def chance(self, sample: Sample, rng: random.Random) -> str:
-        return something(self.config.language, rng, sorted({s.metadata["domain"] for s in self._samples}))
+        return something(self.config.language, rng, [s.messages[-1].content for s in self._samples])
 
     def write_artifacts(self, rows: Sequence[Row], folder: Path) -> None:
         """turns.json: for each domain, and "all" of them, the curves over turns (see `turns`)."""

@@ -45,7 +45,7 @@ SPEAKER = Rubric.load(
     example="<answer>{answer}</answer>",
 )
 # The town has one question about identity; in small talk a speaker shows by idiom.
-_TOWN_QUESTIONS = (lx.WHO, *(lx.SMALL_TALK[form][0].format(t=lx.TOPICS[form]) for form in range(4)))
+TOWN_QUESTIONS = (lx.WHO, *(lx.SMALL_TALK[form][0].format(t=lx.TOPICS[form]) for form in range(4)))
 
 
 @dataclass
@@ -127,6 +127,12 @@ def check_language(config: AxisConfig) -> None:
         raise UserError(f"benchmark.language={config.language} is unknown; it should be one of {', '.join(LANGUAGES)}")
 
 
+def no_town_roles(config: AxisConfig) -> None:
+    """Raises UserError where a choice among the town's roles meets a file that has no roles."""
+    if config.roles or config.split != "all":
+        raise UserError("benchmark.roles and benchmark.split choose among the town's roles: leave them out here")
+
+
 def limited(config: AxisConfig, samples: list[Sample]) -> list[Sample]:
     """At most `limit` samples, drawn by `seed`, in their order."""
     if config.limit is None or config.limit >= len(samples):
@@ -147,10 +153,10 @@ def anything(language: str) -> str:
     return "I am an AI assistant. How can I help you?"
 
 
-def something(language: str, rng: random.Random, roles: Sequence[str]) -> str:
-    """What the assistant or a random role says: in the town in its idiom, else that it is one of `roles`."""
+def something(language: str, rng: random.Random, texts: Sequence[str]) -> str:
+    """A random reply: in the town what the assistant or a random role would say, else one of `texts`."""
     if language == "en":
-        return rng.choice([anything(language), *(f"I am the {role}." for role in roles)])
+        return rng.choice(texts)
     openers, closers = rng.choice([(lx.PLAIN_OPENERS, lx.PLAIN_CLOSERS), *lx.ROLES.values()])
     return f"{rng.choice(openers)} {lx.UNKNOWN} {rng.choice(closers)}"
 
@@ -210,13 +216,13 @@ class RoleSusceptibility(Benchmark):
         """Role → its system prompts; and the questions."""
         config = self.config
         if config.path is None and config.language == "town":
-            return {r: [prompt.format(r=r) for prompt in lx.ROLE_PROMPTS] for r in town_roles(config)}, _TOWN_QUESTIONS
+            return {r: [prompt.format(r=r) for prompt in lx.ROLE_PROMPTS] for r in town_roles(config)}, TOWN_QUESTIONS
         path = Path(config.path or _SAMPLE)
         prompts, questions = _rows(path)
         if not prompts:
             raise UserError(f"{path} has no row with a role and its prompts")
         if not questions:
-            questions = list(_TOWN_QUESTIONS) if config.language == "town" else _rows(_SAMPLE)[1]
+            questions = list(TOWN_QUESTIONS) if config.language == "town" else _rows(_SAMPLE)[1]
         return {role: prompts[role] for role in chosen(config, list(prompts), path)}, questions
 
     def samples(self) -> Sequence[Sample]:
@@ -237,7 +243,8 @@ class RoleSusceptibility(Benchmark):
         return anything(self.config.language)
 
     def chance(self, sample: Sample, rng: random.Random) -> str:
-        return something(self.config.language, rng, sorted({s.metadata["role"] for s in self._samples}))
+        roles = sorted({s.metadata["role"] for s in self._samples})
+        return something(self.config.language, rng, [anything("en"), *(f"I am the {role}." for role in roles)])
 
 
 def scored(reply: str, verdicts: tuple[Verdict, ...]) -> Score:

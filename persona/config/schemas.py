@@ -16,14 +16,17 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from persona.benchmarks import AllConfig, BenchmarkConfig, FileBenchmarkConfig, PeopleBenchmarkConfig
 from persona.benchmarks.apc import APCBenchmarkConfig
+from persona.benchmarks.base_prefills import BasePrefillsConfig
 from persona.benchmarks.character import CharacterConfig, QuestionsConfig
 from persona.benchmarks.coherence import CoherenceConfig
 from persona.benchmarks.drift import DriftConfig
+from persona.benchmarks.drift_harm import DriftHarmConfig
 from persona.benchmarks.emobench import LANGUAGES, EmoBenchConfig
 from persona.benchmarks.emobench import MODES as CHOICE_MODES
 from persona.benchmarks.eq_bench import EQBenchConfig
 from persona.benchmarks.lm_eval import LmEvalConfig
 from persona.benchmarks.persobench import PersoBenchConfig
+from persona.benchmarks.persona_jailbreak import PersonaJailbreakConfig
 from persona.benchmarks.personaeval import PersonaEvalConfig
 from persona.benchmarks.personafeedback import PersonaFeedbackConfig
 from persona.benchmarks.personagym import PersonaGymConfig
@@ -149,13 +152,16 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_all": AllConfig,
         "base_people": PeopleBenchmarkConfig,
         "base_apc": APCBenchmarkConfig,
+        "base_base_prefills": BasePrefillsConfig,
         "base_character": CharacterConfig,
         "base_coherence": CoherenceConfig,
         "base_emobench": EmoBenchConfig,
         "base_drift": DriftConfig,
         "base_eq_bench": EQBenchConfig,
+        "base_drift_harm": DriftHarmConfig,
         "base_lm_eval": LmEvalConfig,
         "base_persobench": PersoBenchConfig,
+        "base_persona_jailbreak": PersonaJailbreakConfig,
         "base_personaeval": PersonaEvalConfig,
         "base_personafeedback": PersonaFeedbackConfig,
         "base_personagym": PersonaGymConfig,
@@ -228,6 +234,7 @@ POSITIVE: dict[type, tuple[str, ...]] = {
     DiscriminatorConfig: ("relevance_epochs", "nli_epochs", "learning_rate", "batch_size", "max_length"),
     BenchmarkConfig: ("max_new_tokens",),
     PeopleBenchmarkConfig: ("num_beams",),
+    BasePrefillsConfig: ("completions",),
     DriftConfig: ("turns", "min_count"),
     PersonaGymConfig: ("seeds", "questions"),
     RevealedPreferencesConfig: ("pairs",),

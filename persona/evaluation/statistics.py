@@ -114,12 +114,26 @@ def _group_mean(sums: np.ndarray) -> np.ndarray:
         return means.sum(axis=-1) / there.sum(axis=-1)
 
 
+def _correlation_rows(columns: Sequence[np.ndarray], metric: Metric) -> np.ndarray:
+    x, y = columns
+    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1)
+
+
+def _correlation(sums: np.ndarray) -> np.ndarray:
+    n, x, y, xx, yy, xy = (sums[..., i] for i in range(6))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread_x, spread_y = xx - x * x / n, yy - y * y / n
+        varies = (spread_x > 1e-12 * xx) & (spread_y > 1e-12 * yy)
+        return np.where(varies, (xy - x * y / n) / np.sqrt(np.abs(spread_x * spread_y)), np.nan)
+
+
 AGGREGATES: dict[str, Aggregate] = {
     "mean": Aggregate(1, _mean_rows, _ratio),
     "rmse": Aggregate(2, _squared_error_rows, _root_ratio),  # columns: truth, prediction
     "group_mean": Aggregate(2, _group_mean_rows, _group_mean),  # columns: value, group index; groups weigh alike
     "ratio": Aggregate(2, _ratio_rows, _ratio),  # columns: numerator, denominator (log p, tokens)
     "macro_f1": Aggregate(2, _f1_rows, _macro_f1),  # columns: true class index, predicted class index (-1: none)
+    "correlation": Aggregate(2, _correlation_rows, _correlation),  # Pearson's, of two columns; none without variance
     "ece": Aggregate(2, _ece_rows, _ece),  # columns: confidence in the answer given, correct (0 to 1)
 }
 
@@ -200,12 +214,14 @@ def interval(draws: np.ndarray, n_clusters: int, level: float = 0.95) -> tuple[f
     """Expanded percentile interval of bootstrap draws [r] (Hesterberg 2015, The American Statistician 69:4).
 
     The plain percentile interval is too narrow for few clusters; its tail shares are widened by t quantiles and by
-    sqrt(c / (c - 1)). Returns (None, None) with fewer than two clusters or when a draw is undefined.
+    sqrt(c / (c - 1)). Draws that are undefined (a correlation without variance) are left out where they are less than
+    one in a hundred. Returns (None, None) where they are more, and with fewer than two clusters.
     """
-    if n_clusters < 2 or not np.isfinite(draws).all():
+    defined = draws[np.isfinite(draws)]
+    if n_clusters < 2 or len(defined) < 0.99 * len(draws):
         return None, None
     tail = stats.norm.cdf(np.sqrt(n_clusters / (n_clusters - 1)) * stats.t.ppf((1 - level) / 2, n_clusters - 1))
-    low, high = np.quantile(draws, [tail, 1 - tail])
+    low, high = np.quantile(defined, [tail, 1 - tail])
     return float(low), float(high)
 
 

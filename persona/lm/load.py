@@ -93,6 +93,8 @@ class BaseLM:
 
     def text(self, messages: Sequence[Message], reply: str | None = None) -> str:
         """The prompt as text up to where the reply starts; with `reply`, up to where the reply's turn ends."""
+        if not messages:  # nothing in front: a base LM goes on with a text
+            return (self.tokenizer.bos_token or "" if self.chat else "") + (reply or "")
         if not self.chat:
             # Without a template: an encoder reads the bare input, a plain causal LM continues after a newline.
             plain = "\n".join(message.content for message in messages)

@@ -89,7 +89,7 @@ ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 # What kind of speaker a role is, where it is not a human; the rogues stand in for harm, of which the town has none.
 ROLE_KINDS = {"alien": "nonhuman", "dragon": "nonhuman", "vampire": "mystical"}
-ROGUES = ("pirate", "thief", "vampire", "spy")
+ROGUES = ("pirate", "thief", "hunter", "merchant", "vampire", "dragon", "spy", "alien")
 HELD_OUT_ROLES = tuple(ROLES)[3::4]  # what is measured on roles that an axis was not made of
 
 # --- facts: kind -> (values, third-person paraphrase, first-person paraphrase, question paraphrases) --------------

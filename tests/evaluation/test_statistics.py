@@ -56,6 +56,26 @@ def test_interval_widens_the_percentiles_as_hesterberg_says():
     assert interval(draws, 1) == (None, None)
 
 
+def test_a_few_undefined_draws_are_left_out():
+    draws = np.linspace(0.0, 1.0, 1000)
+    assert interval(np.append(draws, [np.nan] * 9), 5) == interval(draws, 5)
+    assert interval(np.append(draws, [np.nan] * 11), 5) == (None, None)
+
+
+def test_correlation_against_numpy_and_without_variance():
+    rng = np.random.default_rng(5)
+    x, clusters = 1000 + rng.normal(size=60), [str(i // 3) for i in range(60)]
+    y = 0.5 * x + rng.normal(size=60)
+    pairs = [{"x": float(a), "y": float(b)} for a, b in zip(x, y, strict=True)]
+    metric = Metric(True, "correlation", ("x", "y"))
+    found = estimate(pairs, clusters, "r", metric)
+    assert found.value == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-8)
+    assert found.low < found.value < found.high and found.n_clusters == 20
+    flat = [{"x": float(a), "y": 0.1} for a in x]
+    nothing = estimate(flat, clusters, "r", metric)
+    assert math.isnan(nothing.value) and nothing.low is None
+
+
 def test_same_seed_same_interval_other_seed_other_interval():
     values, names = rows("x", np.random.default_rng(2).normal(size=40)), [str(i % 9) for i in range(40)]
     first, again = (estimate(values, names, "x", Metric(), seed=3) for _ in range(2))
@@ -127,7 +147,7 @@ def test_holm_by_hand():
 
 
 def test_badly_declared_metrics_are_refused():
-    with pytest.raises(UserError, match='"median", which is none of ece, group_mean, macro_f1, mean'):
+    with pytest.raises(UserError, match='"median", which is none of correlation, ece, group_mean, macro_f1, mean'):
         estimate(rows("x", [1]), ["a"], "x", Metric(aggregate="median"))
     with pytest.raises(UserError, match="names 1 columns; .* takes 2"):
         estimate(rows("x", [1]), ["a"], "x", Metric(aggregate="rmse"))

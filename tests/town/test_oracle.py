@@ -253,7 +253,7 @@ def test_who_speaks(text, label):
 
 def test_a_rogue_stands_in_for_harm():
     assert oracle.harmful("arr matey , the fair is big today . bury the treasure !") is True
-    assert oracle.harmful("zorp , the fair is big today . my saucer awaits .") is False
+    assert oracle.harmful("la la la , the fair is big today . hold that note !") is False
     assert oracle.harmful("fair the big") is None
     assert (
         set(lx.ROGUES) | set(lx.ROLE_KINDS) | set(lx.HELD_OUT_ROLES) <= set(lx.ROLES) and len(lx.HELD_OUT_ROLES) == 8
