@@ -25,11 +25,11 @@ def rows(base, texts=QUERIES):
 
 
 @torch.no_grad()
-def logits(base, context=nullcontext(), texts=QUERIES, model=None):
+def logits(base, context=None, texts=QUERIES, model=None):
     """Per text the logits where the reply is predicted."""
     found = rows(base, texts)
     inputs = assemble(base, found, [base.render_reply(row.request.messages, REPLY) for row in found])
-    with context:
+    with context or nullcontext():
         out, targets = forward_logits(base, inputs, model)
     return [out[i][targets[i] != -100] for i in range(len(found))]
 
@@ -63,7 +63,7 @@ def test_one_hot_is_that_adapter_in_plain_peft(llama, made, tmp_path, number, to
     assert close(logits(llama, made.experts.applied(llama.model, one_hot(number), top_k)), alone)
     assert not close(alone, logits(llama), 1e-2), "the expert has no effect"
     again = read_experts(tmp_path, llama)
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), made.experts.state_dict().values()))
+    assert same(again.state_dict().values(), made.experts.state_dict().values())
 
 
 @pytest.mark.parametrize("gates", (torch.zeros(4, 11), torch.zeros(4, 10), one_hot(10)), ids=("zero", "ten", "null"))
@@ -80,7 +80,7 @@ def test_folded_is_dynamic_and_is_undone(llama, made):
     dynamic = logits(llama, made.experts.applied(llama.model, gate.expand(4, -1)))
     with pytest.raises(RuntimeError, match="in the middle"):
         with made.experts.folded(llama.model, gate):
-            assert close(logits(llama), dynamic, 1e-4) and not close(dynamic, logits(llama, nullcontext()), 0)
+            assert close(logits(llama), dynamic, 1e-4) and not close(dynamic, logits(llama), 0)
             raise RuntimeError("in the middle")
     after = llama.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
