@@ -215,7 +215,7 @@ POSITIVE: dict[type, tuple[str, ...]] = {
     DistillConfig: ("repeats", "max_new_tokens", "max_length"),
     IntrospectConfig: ("turns", "reflection_tokens", "interaction_tokens"),
     FinetuneConfig: ("r", "max_input_length"),
-    JointConfig: ("learning_rate", "epochs", "batch_size", "beta"),
+    JointConfig: ("learning_rate", "epochs", "batch_size", "beta", "max_new_tokens"),
     PersonaFuseConfig: ("tau", "max_length"),
     RouterConfig: ("temperature", "hidden", "dim", "max_length"),
     RouterStageConfig: ("learning_rate", "encoder_learning_rate", "epochs", "batch_size"),

@@ -68,13 +68,16 @@ class RouterStageConfig:
 
 @dataclass
 class JointConfig:
-    """`objective`: "sft", or "dpo" against what the base LM itself says. The weights are of the router's losses."""
+    """`objective`: "sft", or "dpo" with what the LM itself says without experts as rejected reply (of at most
+    `max_new_tokens`, sampled at `temperature`). The weights are of the router's losses."""
 
     learning_rate: float = 5e-5
     epochs: float = 1.0
     batch_size: int = 16
     objective: str = "sft"
     beta: float = 0.1  # of dpo
+    max_new_tokens: int = 256
+    temperature: float = 1.0
     contrastive: float = 0.1
     consistency: float = 0.1
     kl: float = 0.0

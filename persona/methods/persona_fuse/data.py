@@ -23,10 +23,12 @@ from persona.types import Request, Sample, Sampling
 
 @dataclass(frozen=True)
 class Row:
-    """`vector` [10] in 0 to 1, in the order of POLES; all zeros is a neutral query."""
+    """`prompt` and `reply` are tokens; `vector` [10] in 0 to 1, in the order of POLES, all zeros for a neutral
+    query."""
 
     id: str
     request: Request
+    target: str
     prompt: list[int]
     reply: list[int]
     vector: tuple[float, ...]
@@ -55,7 +57,7 @@ def rows_of(under: LanguageModel, samples: Sequence[Sample], max_length: int, ou
         if len(prompt) + len(reply) > limit:
             dropped.append({"id": sample.id, "tokens": len(prompt) + len(reply)})
         else:
-            rows.append(Row(sample.id, request, prompt, reply, checked(sample)))
+            rows.append(Row(sample.id, request, sample.target, prompt, reply, checked(sample)))
     if out is not None and samples:
         report_dropped(dropped, len(samples), "samples", limit, out)
     return rows

@@ -6,6 +6,7 @@ stages/router/   router.safetensors    encoder (where it is trained), head, expe
                  routing.json          how often it is right, on which experts its gates lie
                  traces.jsonl          the gate of every dev query (of the training queries where there are none)
 stages/joint/    experts/<pole>/, router.safetensors, routing.json, traces.jsonl
+                 rejected.jsonl        objective dpo: what the LM itself says to each query
 each             metrics.jsonl         as logged while training
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from persona.data.base import People
 from persona.data.situations import SituationsConfig, load
 from persona.errors import UserError
-from persona.evaluation.generation import fingerprint, seed_of
-from persona.evaluation.roles import identity
+from persona.evaluation.generation import fingerprint, generate, seed_of
+from persona.evaluation.roles import Cast, Roles, identity
 from persona.files import atomic_folder, write_json, write_lines
 from persona.methods.persona_fuse import training
 from persona.methods.persona_fuse.config import PersonaFuseConfig
@@ -35,8 +36,10 @@ from persona.methods.persona_fuse.mixture import Mixture
 from persona.methods.persona_fuse.personalizer import EXPERTS, ROUTER, PersonaFuse, mixture
 from persona.methods.persona_fuse.routing import collapse, report, trace
 from persona.personalizer import LanguageModel
+from persona.training.rows import room
 from persona.training.stages import Stage
 from persona.training.trainer import TrainerConfig
+from persona.types import Sampling
 
 logger = logging.getLogger(__name__)
 STAGES = ("synthesis", "warmup", "router", "joint")
@@ -104,8 +107,40 @@ class Run:
         work = folder / "work" / "joint"
         made = self.before_joint(folder)
         rows, dev = self.rows(folder, "train", work), self.rows(folder, "dev")
-        training.train_joint(self.under, made, rows, dev, self.config, self.trainer, work)
+        rejected = self._rejected(rows, work) if self.config.joint.objective == "dpo" else None
+        training.train_joint(self.under, made, rows, dev, self.config, self.trainer, work, rejected)
         self._keep(work, folder / "joint", made, made.experts, rows, dev)
+
+    def _rejected(self, rows: Sequence[Row], work: Path) -> dict[str, str]:
+        """By row's id what the LM itself says; a row of which it says nothing else, or too much, has none."""
+        c, base = self.config.joint, self.under.base
+
+        async def say(row: Row, roles: Roles) -> dict[str, str]:
+            seed = seed_of(self.trainer.seed, "rejected", row.id)
+            sampling = Sampling(c.max_new_tokens, temperature=c.temperature, seed=seed)
+            return {"rejected": (await roles.model.respond(replace(row.request, sampling=sampling))).text}
+
+        found = generate(
+            [(row.id, row) for row in rows],
+            say,
+            Cast(self.under),
+            work / "rejected.jsonl",
+            settings={"under": identity(self.under), **asdict(c), "seed": self.trainer.seed},
+            batch_size=self.under.batch_size,
+            processes=self.processes,
+        )
+        kept = {}
+        for row, said in zip(rows, found, strict=True):
+            reply = said["rejected"].strip()
+            size = len(row.prompt) + len(base.render_reply(row.request.messages, reply))
+            if reply and reply != row.target.strip() and size <= room(base, self.config.max_length):
+                kept[row.id] = reply
+        if len(kept) < len(rows):
+            told = "what the LM itself says is empty, the response itself, or too long"
+            logger.warning("%d of %d rows have no rejected reply (%s)", len(rows) - len(kept), len(rows), told)
+        if not kept:
+            raise UserError(f"no row is left to prefer: of all {len(rows)} {told}")
+        return kept
 
     # ---- what stages share ---------------------------------------------------------------------------------------
 
@@ -149,7 +184,7 @@ class Run:
                 if routed is not None:
                     save_file(routed.router.state(), temporary / ROUTER)
                     self._measure(routed, {"train": rows, "dev": dev}, temporary)
-                for file in (work / "metrics.jsonl", work / "dropped.jsonl"):
+                for file in (work / name for name in ("metrics.jsonl", "dropped.jsonl", "rejected.jsonl")):
                     if file.is_file():
                         shutil.copyfile(file, temporary / file.name)
         self.processes.wait_for_everyone()

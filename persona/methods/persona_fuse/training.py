@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from persona.methods.persona_fuse.mixture import Mixture
 from persona.methods.persona_fuse.router import Routing
 from persona.personalizer import LanguageModel
 from persona.training.lora import as_it_was
+from persona.training.losses import dpo_loss
 from persona.training.trainer import TrainerConfig, fit
 from persona.types import Request
 
@@ -54,14 +55,14 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor if alone or torch.distributed.get_world_size() == 1 else _Gather.apply(tensor)
 
 
-def reply_nll(under: LanguageModel, requests: Sequence[Request], prompts: Any, replies: Any) -> Tensor:
-    """[B]: negative log-likelihood per token of each reply, so that a long one weighs as much as a short one."""
+def reply_nll(under: LanguageModel, requests: Sequence[Request], prompts: Any, replies: Any) -> tuple[Tensor, Tensor]:
+    """[B] each: the negative log-likelihood of each reply, summed over its tokens, and their number."""
     with torch.no_grad():
         prefixes = under.prefixes(requests)
     rows = [LmRow(*row) for row in zip(prompts, prefixes, requests, strict=True)]
     logits, targets = forward_logits(under.base, assemble(under.base, rows, replies))
     each = cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
-    return each.sum(-1) / (targets != -100).sum(-1)
+    return each.sum(-1), (targets != -100).sum(-1)
 
 
 class FuseTraining(nn.Module):
@@ -114,9 +115,9 @@ class WarmupTraining(FuseTraining):
             self.under.edit(requests),
             adapters.apply_stacked(self.under.base.model, self.experts.stacked, weights, which, dropout),
         ):
-            nll = reply_nll(self.under, requests, prompts, replies)
+            total, tokens = reply_nll(self.under, requests, prompts, replies)
         count = len(labels) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": nll.sum() * self.together / count}
+        return {"loss": (total / tokens).sum() * self.together / count}
 
 
 class ClipEach(TrainerCallback):
@@ -221,16 +222,34 @@ class RouterTraining(FuseTraining):
 
 
 class JointTraining(RouterTraining):
-    """The answer's likelihood under the mixture that the router chooses, and the router's losses beside it."""
+    """The replies under the mixture that the router chooses, and the router's losses beside it.
 
-    def forward(self, requests, prompts, replies, query, targets, labels, num_items_in_batch=None):
+    Of a reply counts its negative log-likelihood per token, so that a long one weighs as much as a short one. With
+    rejected replies behind the replies (2B rows), and `reference` [2B] the log-likelihoods of both without experts,
+    it is sigmoid DPO.
+    """
+
+    def forward(
+        self, requests, prompts, replies, query, targets, labels, rejected=None, reference=None,
+        num_items_in_batch=None,
+    ):  # fmt: skip
         routing = self.mixture.route(query)
         dropout = self.config.lora.lora_dropout if self.training else 0.0
-        with self.under.edit(requests), self.mixture.applied(self.under.base.model, routing, dropout):
-            nll = reply_nll(self.under, requests, prompts, replies)
-        self.note(nll=nll.mean())
+        said = routing
+        if rejected is not None:
+            requests, prompts, replies = [*requests, *requests], [*prompts, *prompts], [*replies, *rejected]
+            said = Routing(*(torch.cat([tensor, tensor]) for tensor in routing))
+        with self.under.edit(requests), self.mixture.applied(self.under.base.model, said, dropout):
+            total, tokens = reply_nll(self.under, requests, prompts, replies)
+        if rejected is None:
+            each = total / tokens
+            self.note(nll=each.mean())
+        else:
+            better, worse = (-total - reference).chunk(2)
+            each = dpo_loss(better - worse, beta=self.config.joint.beta)
+            self.note(dpo=each.mean(), **{"rewards/accuracies": (better > worse).float().mean()})
         count = len(labels) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": nll.sum() / count + self.losses(routing, targets) * (len(labels) / count)}
+        return {"loss": each.sum() / count + self.losses(routing, targets) * (len(labels) / count)}
 
 
 def train_router(
@@ -271,19 +290,43 @@ def train_joint(
     config: PersonaFuseConfig,
     trainer: TrainerConfig,
     out: Path,
+    rejected: Mapping[str, str] | None = None,
 ) -> None:
-    """Train experts and router together on the responses."""
+    """Train experts and router together on the responses, or with a rejected reply for each row's id by preference.
+
+    The reference of DPO is the LM without the experts; its log-likelihoods are computed once, before the first step.
+    """
     c = config.joint
     mixture.requires_grad_(True).router.encoder.requires_grad_(config.router.train_encoder)
+    worse: dict[str, tuple[list[int], float, float]] = {}
+    if rejected is not None:
+        rows, dev = [row for row in rows if row.id in rejected], ()
+        worse = _references(under, rows, rejected)
 
     def collate(items: list[list[Row]]) -> dict[str, Any]:
         rows = [row for item in items for row in item]
-        return {**_batch(rows), **_routed(mixture, rows)}
+        batch = {**_batch(rows), **_routed(mixture, rows)}
+        if rejected is None:
+            return batch
+        replies, chosen, other = zip(*(worse[row.id] for row in rows), strict=True)
+        return {**batch, "rejected": list(replies), "reference": torch.tensor([*chosen, *other])}
 
     module = JointTraining(under, mixture, config, c)
     options = _in_twos(trainer, c.learning_rate, c.epochs, c.batch_size)
     groups = [_plain(mixture.experts), {"params": [p for p in mixture.router.parameters() if p.requires_grad]}]
     _fit(module, under, Twos(rows, trainer.seed), _twos(dev, trainer.seed), collate, options, out, groups)
+
+
+def _references(
+    under: LanguageModel, rows: Sequence[Row], rejected: Mapping[str, str]
+) -> dict[str, tuple[list[int], float, float]]:
+    """By id the rejected reply's tokens, and what `under` gives the reply and it as log-likelihoods."""
+    requests, worse = [row.request for row in rows], [rejected[row.id] for row in rows]
+    scored = [under.loglikelihood(requests, said) for said in ([row.target for row in rows], worse)]
+    return {
+        row.id: (under.base.render_reply(row.request.messages, reply), chosen[0], other[0])
+        for row, reply, chosen, other in zip(rows, worse, *scored, strict=True)
+    }
 
 
 def _routed(mixture: Mixture, rows: Sequence[Row]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -60,7 +61,7 @@ def whole(llama, tmp_path_factory):
 
 
 def rows(*vectors):
-    return [Row(str(i), requests("x")[0], [1], [2], tuple(v)) for i, v in enumerate(vectors)]
+    return [Row(str(i), requests("x")[0], "y", [1], [2], tuple(v)) for i, v in enumerate(vectors)]
 
 
 def test_targets_by_hand():
@@ -397,3 +398,21 @@ def test_experts_that_differ(llama, whole, tmp_path):
     (tmp_path / "e" / "A_low" / "adapter_config.json").write_text(json.dumps({**other, "lora_alpha": 99}))
     with pytest.raises(UserError, match="A_low differs from O_high in its modules, rank or scaling"):
         read_experts(tmp_path / "e", llama)
+
+
+# ---- by preference -------------------------------------------------------------------------------------------------
+
+
+def test_preference_training(llama, tmp_path):
+    """The first loss of DPO is ln 2, as fresh experts change nothing; then the response gains on what the LM says."""
+    none = {"contrastive": 0.0, "consistency": 0.0, "balance": 0.0}
+    joint = JointConfig(5e-3, epochs=4, batch_size=12, objective="dpo", max_new_tokens=6, **none)
+    run(llama, tmp_path, toy_people(2), skip=["warmup", "router"], joint=joint)
+    logged = [json.loads(line) for line in (tmp_path / "stages" / "joint" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in logged if "dpo" in row]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and steps[0]["dpo"] == pytest.approx(
+        math.log(2), abs=1e-4
+    )
+    assert steps[-1]["dpo"] < 0.5 and steps[-1]["rewards/accuracies"] == 1
+    said = [json.loads(line) for line in (tmp_path / "stages" / "joint" / "rejected.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in said] == [one.id for one in toy_people(2).train]
