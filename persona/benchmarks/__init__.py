@@ -24,6 +24,7 @@ BENCHMARKS = {
     "rmtbench": "persona.benchmarks.rmtbench",
     "emobench": "persona.benchmarks.emobench",
     "eq_bench": "persona.benchmarks.eq_bench",
+    "tombench": "persona.benchmarks.tombench",
     "apc": "persona.benchmarks.apc",
     "character": "persona.benchmarks.character",
     "coherence": "persona.benchmarks.coherence",

@@ -34,6 +34,7 @@ from persona.benchmarks.personamem import PersonaMemConfig
 from persona.benchmarks.revealed_preferences import RevealedPreferencesConfig
 from persona.benchmarks.rmtbench import RMTBenchConfig
 from persona.benchmarks.role_susceptibility import AxisConfig, RoleSusceptibilityConfig
+from persona.benchmarks.tombench import ToMBenchConfig
 from persona.benchmarks.town_tasks import TownTasksConfig
 from persona.benchmarks.town_traits import TownTraitsConfig
 from persona.data import (
@@ -169,6 +170,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_revealed_preferences": RevealedPreferencesConfig,
         "base_rmtbench": RMTBenchConfig,
         "base_role_susceptibility": RoleSusceptibilityConfig,
+        "base_tombench": ToMBenchConfig,
         "base_town_tasks": TownTasksConfig,
         "base_town_traits": TownTraitsConfig,
     },
@@ -198,6 +200,7 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     APCBenchmarkConfig: {"split": ("train", "dev", "test"), "compat": (None, "reference")},
     FileBenchmarkConfig: {"compat": (None, "reference")},
     EmoBenchConfig: {"language": LANGUAGES, "mode": CHOICE_MODES},
+    ToMBenchConfig: {"language": LANGUAGES, "mode": CHOICE_MODES},
     PersoBenchConfig: {"mode": ("vanilla", "cot")},
     PersonaEvalConfig: {"mode": ("text", "likelihood")},
     PersonaFeedbackConfig: {"mode": ("answer", "likelihood", "reward"), "access": ("profile", "none")},
@@ -238,6 +241,7 @@ POSITIVE: dict[type, tuple[str, ...]] = {
     DriftConfig: ("turns", "min_count"),
     PersonaGymConfig: ("seeds", "questions"),
     RevealedPreferencesConfig: ("pairs",),
+    ToMBenchConfig: ("tries",),
     TrainConfig: ("plan_gpus",),
 }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -86,8 +87,8 @@ def read_json(path: Path, prefix: str) -> Iterator[tuple[int, Any, int]]:
                 return
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
-    """Objects of a file with one JSON object per line; blank lines are skipped.
+def read_jsonl(path: Path, loads: Callable[[bytes], Any] = orjson.loads) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """Objects of a file with one JSON object per line; blank lines are skipped. `loads=json.loads` also reads NaN.
 
     Yields (line counted from 1, object, bytes read so far). Raises UserError with file, line and column.
     """
@@ -98,8 +99,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
             if not line.strip():
                 continue
             try:
-                value = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
+                value = loads(line)
+            except json.JSONDecodeError as error:
                 raise UserError(
                     f"{path} holds broken JSON in line {number}, column {error.colno}: {error.msg}"
                 ) from error
