@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from persona.config import EvaluateConfig, entry, load_config, save_run_files, start_processes
+from persona.config import EvaluateConfig, entry, load_config, run_state, save_run_files, start_processes
 from persona.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,13 +43,14 @@ def evaluate(cfg: EvaluateConfig) -> Path:
             logger.warning(line)
     stacks, own = players.stacks()
     save_run_files(folder, cfg)
-    for config, benchmark in zip(configs, benchmarks, strict=True):
-        for name, stack in stacks.items():
-            measure(benchmark, config, players, name, stack, root / benchmark.name / name, processes)
-    if processes.is_main_process:
-        folders = [root / benchmark.name / name for benchmark in benchmarks for name in stacks]
-        print_table(folders, baseline=own)
-        report.write_report(folders, folder / "report.html", baseline=own)
+    with run_state(folder):
+        for config, benchmark in zip(configs, benchmarks, strict=True):
+            for name, stack in stacks.items():
+                measure(benchmark, config, players, name, stack, root / benchmark.name / name, processes)
+        if processes.is_main_process:
+            folders = [root / benchmark.name / name for benchmark in benchmarks for name in stacks]
+            print_table(folders, baseline=own)
+            report.write_report(folders, folder / "report.html", baseline=own)
     return folder
 
 

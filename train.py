@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from persona.config import TrainConfig, entry, save_run_files, start_processes
+from persona.config import TrainConfig, entry, run_state, save_run_files, start_processes
 from persona.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -44,15 +44,16 @@ def train(cfg: TrainConfig) -> Path | None:
         raise UserError(f"stage={cfg.stage} is no stage of {cfg.method.name}{hint}")
     out = Path(cfg.output)
     save_run_files(out, cfg)
-    people = data.load(cfg.data)
-    under = persona.load(lm.load(cfg.model), cfg.personalizers, cfg.model.batch_size)
-    helped: dict[str, Any] = {}
-    if stages:
-        from persona import players
+    with run_state(out):
+        people = data.load(cfg.data)
+        under = persona.load(lm.load(cfg.model), cfg.personalizers, cfg.model.batch_size)
+        helped: dict[str, Any] = {}
+        if stages:
+            from persona import players
 
-        helped = {"teacher": players.play(cfg.teacher, "teacher"), "judges": players.judges(cfg.judge)}
-        helped["stage"] = cfg.stage
-    folder = method.train(cfg.method, under, people, cfg.trainer, out, **helped)
+            helped = {"teacher": players.play(cfg.teacher, "teacher"), "judges": players.judges(cfg.judge)}
+            helped["stage"] = cfg.stage
+        folder = method.train(cfg.method, under, people, cfg.trainer, out, **helped)
     logger.warning("%s written to %s", "personalizer" if cfg.stage is None else f"stage {cfg.stage}", folder)
     return folder
 

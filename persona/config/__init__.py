@@ -7,7 +7,7 @@ if __name__ == "__main__":                                                   # t
 """
 
 from persona.config.compose import CONFIGS, bind, check_overrides, load_config
-from persona.config.run import entry, save_run_files, start_processes
+from persona.config.run import entry, run_state, save_run_files, start_processes
 from persona.config.schemas import EvaluateConfig, RoleConfig, TrainConfig
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "check_overrides",
     "entry",
     "load_config",
+    "run_state",
     "save_run_files",
     "start_processes",
 ]

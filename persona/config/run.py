@@ -32,7 +32,7 @@ from omegaconf import DictConfig
 from persona.config.compose import CONFIGS, bind, check_overrides
 from persona.config.schemas import TrainConfig
 from persona.errors import UserError
-from persona.files import atomic_write
+from persona.files import atomic_write, write_json
 from persona.training.trainer import Stopped
 
 # ---- entry points --------------------------------------------------------------------------------------------------
@@ -149,6 +149,35 @@ def save_run_files(output: Path | str, cfg: Any) -> None:
         path.write_text(yaml.safe_dump(asdict(cfg), sort_keys=False, allow_unicode=True))
     with atomic_write(Path(output) / "meta.json") as path:
         path.write_text(json.dumps(run_meta(cfg), indent=2) + "\n")
+
+
+@contextmanager
+def run_state(output: Path | str) -> Iterator[None]:
+    """Around a run: `state.json` in `output` says where it is running, and in the end how it ended. Rank zero writes.
+
+    "running" while it does (also once it has been killed: whoever reads it looks for the process); "done"; "stopped"
+    on request, to go on from a checkpoint; "failed", with the error's first line.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    where = {"host": platform.node(), "pid": os.getpid(), **({"slurm_job": job} if job else {})}
+
+    def write(state: str, message: str = "") -> None:
+        if os.environ.get("RANK", "0") == "0":
+            now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            write_json(Path(output) / "state.json", {"state": state, "at": now, **where, "message": message})
+
+    write("running")
+    try:
+        yield
+    except Stopped as stopped:
+        write("stopped", stopped.message)
+        raise
+    except BaseException as error:
+        lines = str(error).strip().splitlines()
+        kind = "" if isinstance(error, UserError) else type(error).__name__
+        write("failed", ": ".join(part for part in (kind, *lines[:1]) if part))
+        raise
+    write("done")
 
 
 def run_meta(cfg: Any) -> dict[str, Any]:

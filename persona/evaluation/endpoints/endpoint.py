@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -53,10 +54,12 @@ _FINISH = {"stop": "eos", "length": "length"}
 class EndpointConfig:
     """Where the model is, how fast and how much it may be asked.
 
-    The key is read from the environment variable `api_key_env` and from nowhere else; a server on this machine needs
-    none. `timeout` is seconds for one try, `retries` tries after the first. Prices are per million tokens; the caps
-    `max_cost` and `max_requests` (every try counts) hold for one process of one command. `cache` is an SQLite file of
-    replies that several runs may share, or null.
+    `base_url` may be `file:PATH`: the address stands in that file, where slurm/serve.sbatch has written it. Results
+    and the cache go by the file's name, since the same server has another address after every start. The key is read
+    from the environment variable `api_key_env` and from nowhere else; a server on this machine, or one that a file
+    names, needs none. `timeout` is seconds for one try, `retries` tries after the first. Prices are per million
+    tokens; the caps `max_cost` and `max_requests` (every try counts) hold for one process of one command. `cache` is
+    an SQLite file of replies that several runs may share, or null.
     """
 
     model: str = ""
@@ -117,9 +120,10 @@ class Endpoint:
     likelihoods = False
 
     def __init__(self, config: EndpointConfig, *, backoff: float = 1.0) -> None:
-        _check_config(config)
+        self.url = _address(config.base_url)
+        _check_config(config, self.url)
         self.config, self.name = config, config.model
-        self._local = _is_local(config.base_url)
+        self._own = self.url != config.base_url or _is_local(self.url)  # no key, no proxy
         self._backoff, self._random = backoff, random.Random()  # jitter is no part of a result: no seed
         self._cache = ReplyCache(config.cache) if config.cache else None
         self._account = Account(config.price_in, config.price_out, config.max_cost, config.max_requests, self.name)
@@ -178,7 +182,7 @@ class Endpoint:
             await self._check()
 
     async def _check(self) -> None:
-        url, client = self.config.base_url, self._here().client
+        url, client = self.url, self._here().client
         names: list[str] | None = None
         try:
             async with asyncio.timeout(_CHECK_SECONDS):
@@ -231,7 +235,7 @@ class Endpoint:
             what = f"HTTP {refused.status}{f' {refused.code}' if refused.code else ''}"
             if refused.status == 404:
                 raise UserError(
-                    f"{self.config.base_url} has no model {self.name}, or is not the right address (HTTP 404: "
+                    f"{self.url} has no model {self.name}, or is not the right address (HTTP 404: "
                     f"{_short(refused.message)})"
                 ) from None
             if not self._answered:  # later a refusal is about the one question: too long, say
@@ -261,7 +265,7 @@ class Endpoint:
         self._failures += 1
         if self._failures >= _DOWN_AFTER:
             raise UserError(
-                f"endpoint {self.name} at {self.config.base_url} is down: {self._failures} questions in a row had no "
+                f"endpoint {self.name} at {self.url} is down: {self._failures} questions in a row had no "
                 f"reply, the last one for {reason}; the same command goes on when it is up again"
             ) from None
 
@@ -321,7 +325,7 @@ class Endpoint:
         """
         import openai
 
-        url = self.config.base_url
+        url = self.url
         try:
             answer = await call
             text = answer.text
@@ -377,7 +381,7 @@ class Endpoint:
     async def _probe(self, names: Sequence[str]) -> None:
         """Ask for one token: servers answer for aliases and folders that they do not list."""
         asked = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "temperature": 0.0}
-        model, url = self.config.model, self.config.base_url
+        model, url = self.config.model, self.url
         near = get_close_matches(model, names, n=1, cutoff=0.0)
         hint = f"; did you mean {near[0]}?" if near else ""
         if not near and not re.search(r"/v\d", url):
@@ -427,18 +431,18 @@ class Endpoint:
         import openai
 
         name, key = self.config.api_key_env, self._key()
-        if not key and not self._local:
-            raise UserError(f"{self.config.base_url} needs a key: set the environment variable {name}")
+        if not key and not self._own:
+            raise UserError(f"{self.url} needs a key: set the environment variable {name}")
         if not re.fullmatch(r"[!-~]*", key):
             raise UserError(f"the environment variable {name} holds spaces or characters that no key has")
         for library in ("httpx", "httpx2"):  # a line for every request
             logging.getLogger(library).setLevel(logging.WARNING)
         return openai.AsyncOpenAI(
             api_key=key or "none",
-            base_url=self.config.base_url,
+            base_url=self.url,
             timeout=self.config.timeout,
             max_retries=0,  # its own retries neither count, nor cover bodies that are no JSON
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=not self._local),  # no proxy to this machine
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=not self._own),  # no proxy to this machine
         )
 
     def _speak(self, reason: str, pause: float) -> None:
@@ -504,18 +508,32 @@ def _no_likelihoods(name: str) -> str:
     return f"endpoint {name} gives no log-likelihoods: choose a benchmark that only asks for replies, or a local model"
 
 
-def _check_config(config: EndpointConfig) -> None:
-    if not config.model or not config.base_url:
+def _address(base_url: str) -> str:
+    """`base_url`, or what the file that it names holds. Raises UserError when there is no such file."""
+    if not base_url.startswith("file:"):
+        return base_url
+    path = Path(base_url.removeprefix("file:")).expanduser()
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"base_url={base_url}: no server has written its address there ({type(error).__name__}); "
+            "slurm/serve.sbatch does, once it answers"
+        ) from None
+
+
+def _check_config(config: EndpointConfig, url: str) -> None:
+    if not config.model or not url:
         raise UserError("an endpoint needs a model and a base_url, such as http://localhost:8000/v1")
     try:
-        address = urlsplit(config.base_url)
+        address = urlsplit(url)
         _ = address.port
     except ValueError as error:
-        raise UserError(f"base_url={config.base_url} is no address: {error}") from None
+        raise UserError(f"base_url={url} is no address: {error}") from None
     if address.username or address.password or address.query:
         raise UserError("base_url holds a password or a query: a key belongs into the environment (api_key_env)")
     if address.scheme not in ("http", "https") or not address.hostname:
-        raise UserError(f"base_url={config.base_url} is no address: it should look like http://localhost:8000/v1")
+        raise UserError(f"base_url={url} is no address: it should look like http://localhost:8000/v1")
     positive = ("requests_per_minute", "tokens_per_minute", "timeout", "concurrency", "max_cost", "max_requests")
     for name in positive:
         if (value := getattr(config, name)) is not None and not value > 0:

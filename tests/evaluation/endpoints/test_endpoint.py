@@ -638,6 +638,23 @@ def test_no_proxy_stands_before_this_machine(monkeypatch):
         check(make(server))
 
 
+def test_an_address_that_a_server_wrote_into_a_file(tmp_path, monkeypatch):
+    """Replies and results go by the file's name: the server that comes back elsewhere is the same one."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    address = tmp_path / "judge.url"
+    with pytest.raises(UserError) as error:
+        make(f"file:{address}")
+    assert f"base_url=file:{address}: no server has written its address there" in sentence(error)
+    for _ in range(2):
+        with FaultServer() as server:
+            address.write_text(server.url + "\n")
+            endpoint = make(f"file:{address}", cache=str(tmp_path / "cache.sqlite"))
+            assert respond(endpoint, ask())[0].text == "4"
+            assert endpoint.config.base_url == f"file:{address}"
+            asked = len(server.seen)
+    assert asked == 0  # of the second server: the reply was there
+
+
 def test_a_base_url_without_its_path():
     with FaultServer() as server:
         with pytest.raises(UserError) as error:

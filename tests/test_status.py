@@ -1,0 +1,96 @@
+"""The table of runs: what each state is read from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from persona.config import load_config, run_state, save_run_files
+from persona.errors import UserError
+from persona.status import main, runs, table
+from persona.training.trainer import Stopped
+
+
+def one(folder: Path):
+    (run,) = runs(folder)
+    return run
+
+
+def test_a_run_says_where_it_is_and_how_it_ended(tmp_path):
+    out = tmp_path / "a" / "b"
+    save_run_files(out, load_config("train", ["trainer.epochs=3"]))
+    with run_state(out):
+        (out / "metrics.jsonl").write_text(
+            '{"step": 4, "epoch": 1.5, "loss": 2.25}\n{"step": 4, "epoch": 1.5, "eval_loss": 3}\n'
+        )
+        run = one(tmp_path)
+        assert (run.name, run.what, run.state) == ("a/b", "persona_plug", "running")
+        assert (run.progress, run.last) == ("1.5 of 3", "loss 2.25, dev loss 3")
+    assert one(tmp_path).state == "done"
+    with pytest.raises(Stopped), run_state(out):
+        raise Stopped(7, out)
+    assert one(tmp_path).state == "stopped" and "step 7" in one(tmp_path).message
+    with pytest.raises(ValueError), run_state(out):
+        raise ValueError("no such thing\nmore")
+    assert (one(tmp_path).state, one(tmp_path).message) == ("failed", "ValueError: no such thing")
+    with pytest.raises(UserError), run_state(out):
+        raise UserError("the file is missing")
+    assert one(tmp_path).message == "the file is missing"
+
+
+def test_a_killed_run_is_told_from_one_that_runs(tmp_path):
+    lines = ("import os, signal, sys", "from persona.config import run_state", "with run_state(sys.argv[1]):",
+             "    os.kill(os.getpid(), signal.SIGKILL)")  # fmt: skip
+    command = [sys.executable, "-c", "\n".join(lines), str(tmp_path / "x")]
+    subprocess.run(command, cwd=Path(__file__).parents[1])
+    assert one(tmp_path).state == "died"
+    state = {"state": "running", "at": "", "host": platform.node(), "pid": os.getpid(), "message": ""}
+    (tmp_path / "x" / "state.json").write_text(json.dumps(state))
+    assert one(tmp_path).state == "running"
+    (tmp_path / "x" / "state.json").write_text(json.dumps({**state, "host": "elsewhere"}))
+    assert one(tmp_path).state == "running on elsewhere?"
+    (tmp_path / "x" / "state.json").write_text("{")
+    assert one(tmp_path).state == "unreadable"
+
+
+def test_only_rank_zero_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with run_state(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_evaluation_and_a_run_of_stages(tmp_path):
+    save_run_files(tmp_path / "e", load_config("evaluate", ["benchmark=town"]))
+    with run_state(tmp_path / "e"):
+        stack = tmp_path / "e" / "untouched"
+        stack.mkdir()
+        (stack / "samples.part0.jsonl").write_text('{"id": 1}\n{"id": 2}\n{"id"')
+    save_run_files(tmp_path / "s", load_config("train", ["experiment=town_character"]))
+    with run_state(tmp_path / "s"):
+        (tmp_path / "s" / "stages" / "records").mkdir(parents=True)
+        (tmp_path / "s" / "stages" / "records" / "expand.json").write_text("{}")
+    evaluation, stages = runs(tmp_path)
+    assert (evaluation.what, evaluation.progress, evaluation.last) == ("town", "2 samples", "")
+    assert (stages.what, stages.progress) == ("character", "after expand")
+
+
+def test_the_command(tmp_path, capsys):
+    with run_state(tmp_path / "x"):
+        pass
+    assert main([str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "done"
+    console = Console(record=True, width=120)
+    console.print(table(runs(tmp_path), now=runs(tmp_path)[0].at + 7200))
+    assert "2 h ago" in console.export_text()
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "is no folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty")]) == 0
