@@ -280,6 +280,25 @@ def test_jobs_of_a_sweep_have_folders_of_their_own(here: Path) -> None:
     assert run(lambda cfg: outputs.append(cfg.output), "--multirun", "trainer.epochs=1,2", "data.path=/a") == 2
     assert run(lambda cfg: outputs.append(cfg.output), "--multirun", "trainer.epochs=1,2") == 0
     assert outputs == [f"outputs/town_persona_plug/trainer.epochs={n}" for n in (1, 2)]
+    outputs.clear()
+    alike = ("trainer.seed=3", "method=finetune_lora")
+    assert (
+        run(lambda cfg: outputs.append(cfg.output), "-m", *alike, "trainer.epochs=1,2", "data.train=range(5,7)") == 0
+    )
+    folders = [Path(output).name for output in outputs]  # long lists of what is the same would make no file's name
+    assert folders == [f"data.train={n},trainer.epochs={e}" for e in (1, 2) for n in (5, 6)]
+
+
+def test_a_job_of_a_sweep_that_fails_leaves_the_others_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ran: list[float] = []
+
+    def job(cfg: TrainConfig) -> None:
+        if cfg.trainer.epochs == 1:
+            raise UserError("row 3 has no text")
+        ran.append(cfg.trainer.epochs)
+
+    assert run(job, "--multirun", "trainer.epochs=1,2,3") == 1
+    assert ran == [2, 3] and "error: row 3 has no text\n" in capsys.readouterr().err
 
 
 # ---- what a run writes about itself --------------------------------------------------------------------------------

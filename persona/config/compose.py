@@ -80,6 +80,13 @@ def check_overrides(argv: Sequence[str], config_name: str) -> None:
         raise _joined(problems)
 
 
+def unswept(argv: Sequence[str]) -> list[str]:
+    """Of a multirun's command line the keys that are the same for all of its jobs."""
+    args = get_args_parser().parse_args(list(argv))
+    parsed = [OverridesParser.create().parse_override(text) for text in args.overrides if args.multirun]
+    return [override.key_or_group for override in parsed if not override.is_sweep_override()]
+
+
 @contextmanager
 def _hydra(config_path: str | None) -> Iterator[None]:
     if not CONFIGS.is_dir():

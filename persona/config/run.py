@@ -29,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from persona.config.compose import CONFIGS, bind, check_overrides
+from persona.config.compose import CONFIGS, bind, check_overrides, unswept
 from persona.config.schemas import TrainConfig
 from persona.errors import UserError
 from persona.files import atomic_write, write_json
@@ -39,10 +39,11 @@ from persona.training.trainer import Stopped
 
 
 @contextmanager
-def sentences(everywhere: bool = True) -> Iterator[None]:
+def sentences(everywhere: bool = True, sweep: bool = False) -> Iterator[None]:
     """A UserError becomes one line on stderr and exit status 2; a stopped training says how to go on (143).
 
-    Not `everywhere`: all processes meet the same error, and one of them says it.
+    Not `everywhere`: all processes meet the same error, and one of them says it. In a `sweep` it stays an error, which
+    Hydra keeps until the other members are done; an exit would end them too.
     """
     rank = os.environ.get("RANK", "0")
     who = "" if rank == "0" else f"[process {rank}] "
@@ -51,6 +52,8 @@ def sentences(everywhere: bool = True) -> Iterator[None]:
     except UserError as error:
         if everywhere or rank == "0":
             print(f"{who}error: {error}", file=sys.stderr, flush=True)
+        if sweep:
+            raise
         raise SystemExit(2) from None
     except Stopped as stopped:
         print(f"{who}{stopped.message}", file=sys.stderr, flush=True)
@@ -60,16 +63,19 @@ def sentences(everywhere: bool = True) -> Iterator[None]:
 def entry(function: Callable[[Any], Any], config_name: str) -> None:
     """The body of an entry point: check the command line, let Hydra compose, bind, and call `function(cfg)`.
 
-    In a multirun every job gets a folder of its own below `output`, named after its overrides.
+    In a multirun every job gets a folder of its own below `output`, named after what is swept over.
     """
     with sentences(everywhere=False):
         check_overrides(sys.argv[1:], config_name)
+        if alike := unswept(sys.argv[1:]):
+            sys.argv.append(f"hydra.job.config.override_dirname.exclude_keys={json.dumps(alike)}")
 
     @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)
     def job(cfg: DictConfig) -> None:
-        with sentences():
+        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        with sentences(sweep=sweep):
             bound = bind(cfg)
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if sweep:
                 bound.output = f"{bound.output}/{HydraConfig.get().job.override_dirname.replace('/', '_')}"
             try:
                 function(bound)

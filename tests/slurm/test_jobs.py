@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -173,9 +174,10 @@ def test_a_sweep_is_gathered_in_one_table(cluster, base, tmp_path):
         seconds=300,
     )
     assert "exit" in done
-    found = {run.name.rpartition("learning_rate=")[2]: run for run in runs(tmp_path / "sweep")}
-    assert {name: run.state for name, run in found.items()} == {"0.001": "done", "1e30": "failed"}
-    assert "loss" in found["0.001"].last and "not finite" in found["1e30"].message
+    good, bad = (f"trainer.learning_rate={value}" for value in ("0.001", "1e+30"))
+    found = {run.name: run for run in runs(tmp_path / "sweep")}
+    assert {name: run.state for name, run in found.items()} == {good: "done", bad: "failed"}
+    assert "loss" in found[good].last and "nan" in found[bad].message
 
 
 def test_a_server_beside_a_job_is_found_and_stopped_with_it(cluster, submit, tmp_path):
@@ -211,8 +213,8 @@ def test_the_status_of_a_running_job(cluster, submit, base, tmp_path, monkeypatc
     wait_for(lambda: len(steps(out)) >= 2, 120, f"a few steps\n{logs(tmp_path)}")
     (run,) = runs(tmp_path)
     assert (run.name, run.what, run.state) == ("run", "finetune", "running") and "loss" in run.last
-    cluster.run("scancel", "--signal=KILL", job)
+    os.kill(json.loads((out / "state.json").read_text())["pid"], signal.SIGKILL)
     cluster.wait(job)
-    time.sleep(1)
+    wait_for(lambda: not cluster.run("squeue", "--noheader", "--job", job, check=False), 60, "out of the queue")
     (run,) = runs(tmp_path)
     assert run.state == "died"
