@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -164,6 +165,15 @@ class OwnTrainer(WholeCheckpoints, _Trainer):
                 "the checkpoints before it are whole"
             )
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        if not math.isfinite(metrics.get("eval_loss", 0.0)):  # the last step alone can do it: no training loss shows
+            raise UserError(
+                f"the dev loss is {metrics['eval_loss']} after step {self.state.global_step}: lower "
+                "trainer.learning_rate or look at the dev data"
+            )
+        return metrics
 
     # TRL's trainers write a model card beside every checkpoint and tell the hub what is trained.
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -166,7 +166,7 @@ def test_a_sweep_is_gathered_in_one_table(cluster, base, tmp_path):
         "hydra.launcher.cpus_per_task=1",
         f"hydra.sweep.dir={tmp_path}/jobs",
     )
-    members = ("trainer.max_steps=2", "trainer.learning_rate=1e-3,1e30", f"output={tmp_path}/sweep")
+    members = ("trainer.max_steps=4", "trainer.learning_rate=1e-3,1e30", f"output={tmp_path}/sweep")
     done = cluster.run(
         *("bash", "-c", '"$@" || echo "exit $?"', "-", sys.executable, "train.py", *sweep, *LONG),
         *(f"model.path={base}", *members),
@@ -182,9 +182,17 @@ def test_a_sweep_is_gathered_in_one_table(cluster, base, tmp_path):
 
 def test_a_server_beside_a_job_is_found_and_stopped_with_it(cluster, submit, tmp_path):
     address, out = tmp_path / "judge.url", tmp_path / "out"
-    judged = ("benchmark=personagym", "benchmark.limit=1", "model.device=cpu", "trivial=false", "judge=endpoint",
-              "judge.endpoint.model=judge", f"judge.endpoint.base_url=file:{address}", f"output={out}",
-              "benchmark.max_new_tokens=8")  # fmt: skip
+    judged = (
+        *(
+            "benchmark=personagym",
+            "benchmark.limit=1",
+            "benchmark.max_new_tokens=8",
+            "model.device=cpu",
+            "trivial=false",
+        ),
+        *("judge=endpoint", "judge.endpoint.endpoint.model=judge", f"output={out}"),
+        f"judge.endpoint.endpoint.base_url=file:{address}",
+    )
     job = submit("evaluate", "--server", str(address), *judged)
     server = cluster.submit(
         ROOT, f"--output={tmp_path / 'log'}-%j", "slurm/serve.sbatch", "--address", str(address), "--beside", job,

@@ -46,6 +46,12 @@ def test_an_infinite_loss_is_named_too(tmp_path):
         run(tmp_path, module)
 
 
+def test_a_dev_loss_that_is_not_finite_ends_the_run(tmp_path):
+    """The last step alone can spoil the weights; no training loss would show it."""
+    with pytest.raises(UserError, match=r"the dev loss is nan after step 2: lower trainer.learning_rate"):
+        run(tmp_path, dev=Points(poisoned=0, n=4), max_steps=2, eval_every=2)
+
+
 def test_nothing_to_train_on(tmp_path):
     with pytest.raises(UserError, match="the training split is empty"):
         run(tmp_path, data=Points(0))

@@ -61,13 +61,15 @@ def settings(**changes) -> TrainerConfig:
     return TrainerConfig(**{**options, **changes})
 
 
-def run(out: Path, module: nn.Module | None = None, data: Dataset | None = None, **changes) -> Toy:
+def run(
+    out: Path, module: nn.Module | None = None, data: Dataset | None = None, dev: Dataset | None = None, **changes
+) -> Toy:
     """One run; its draws start from a seed of its own, as a method's do."""
     torch.manual_seed(5)
     module = Toy() if module is None else module
     groups = [{"params": list(module.head.parameters())}, {"params": [module.slow], "lr": 0.001}]
     data = Points() if data is None else data
-    fit(module, data, Points(8), collate, settings(**changes), out, groups)
+    fit(module, data, Points(8) if dev is None else dev, collate, settings(**changes), out, groups)
     return module
 
 
