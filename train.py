@@ -21,6 +21,7 @@ METHODS = {
     "finetune": "persona.methods.finetune",
     "steering": "persona.methods.steering",
     "apc": "persona.methods.apc",
+    "assistant_axis": "persona.methods.assistant_axis",
     "character": "persona.methods.character",
 }
 

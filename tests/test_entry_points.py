@@ -32,9 +32,11 @@ from train import train
 ROOT = Path(__file__).resolve().parents[1]
 LAMP = ROOT / "tests" / "fixtures" / "lamp" / "LaMP_time_3"
 METHODS = ("persona_plug", "instruction_only", "finetune_lora", "finetune_full", "user_lora")
-# Characters need an LM that answers in sentences: tests/methods/character/test_pipeline.py starts that experiment.
+# These need an LM that answers in sentences: tests/methods/character/test_pipeline.py and test_assistant_axis.py start
+# them.
+SPEAKING = ("town_character", "town_assistant_axis")
 EXPERIMENTS = sorted(
-    path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml") if path.stem != "town_character"
+    path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml") if path.stem not in SPEAKING
 )
 TOWN = ("data=town", "data.train=2", "data.dev=2", "data.test=1")
 

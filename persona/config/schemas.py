@@ -51,6 +51,7 @@ from persona.data import (
 from persona.evaluation.endpoints.endpoint import EndpointConfig
 from persona.lm.load import ModelConfig
 from persona.methods.apc.config import APCConfig, DiscriminatorConfig
+from persona.methods.assistant_axis.config import AssistantAxisConfig, CalibrationConfig
 from persona.methods.character.distillation import DistillConfig
 from persona.methods.character.expansion import ExpandConfig
 from persona.methods.character.introspection import IntrospectConfig
@@ -142,6 +143,7 @@ GROUPS: dict[str, dict[str, type]] = {
     },
     "method": {
         "base_apc": APCConfig,
+        "base_assistant_axis": AssistantAxisConfig,
         "base_character": CharacterMethodConfig,
         "base_persona_fuse": PersonaFuseConfig,
         "base_persona_plug": PersonaPlugConfig,
@@ -189,6 +191,8 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
         "objective": ("total", "per_statement"),
         "reward": ("discriminators", "judge"),
     },
+    AssistantAxisConfig: {"compat": (None, "reference")},
+    CalibrationConfig: {"quantile_direction": ("negated", "axis")},
     CharacterMethodConfig: {"compat": (None, "reference"), "merge": MODES},
     FinetuneConfig: {"mode": ("lora", "full", "user_lora"), "split": ("train", "dev", "test")},
     JointConfig: {"objective": OBJECTIVES},
@@ -213,6 +217,8 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
 POSITIVE: dict[type, tuple[str, ...]] = {
     ModelConfig: ("batch_size",),
     TrainerConfig: ("batch_size", "gradient_accumulation", "epochs", "learning_rate", "log_every", "save_every"),
+    AssistantAxisConfig: ("max_new_tokens", "min_count"),
+    CalibrationConfig: ("every",),
     CharacterMethodConfig: ("beta", "sft_max_length"),
     ExpandConfig: ("tries", "max_new_tokens"),
     DistillConfig: ("repeats", "max_new_tokens", "max_length"),

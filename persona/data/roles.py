@@ -1,4 +1,4 @@
-"""Roles: who an LM is asked to be, by system prompts, beside the plain assistant; and the questions put to all of them.
+"""Roles: who an LM is asked to be, by system prompts, beside the plain assistant; and the questions put to them all.
 
 Read in the published form of the Assistant Axis (arXiv 2601.10387; reference/assistant_axis.md section 4):
 

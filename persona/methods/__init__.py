@@ -14,6 +14,7 @@ from persona.personalizer import Personalizer, read_manifest
 
 # Name in configs and manifests -> "module:class" of its personalizer. Imported only when asked for.
 PERSONALIZERS = {
+    "assistant_axis": "persona.methods.assistant_axis:AssistantAxis",
     "character": "persona.methods.character:CharacterLoRA",
     "persona_fuse": "persona.methods.persona_fuse:PersonaFuse",
     "persona_plug": "persona.methods.persona_plug:PersonaPlug",
