@@ -51,8 +51,8 @@ class APCConfig:
         the discriminators' probabilities are calibrated on those of dev (discriminators.py), 0 leaves them as trained.
     files: a folder with files in the published format; what it holds of a character is not made again.
     samples: replies per query, of which the best and the worst are compared; `gap` their least difference in APC.
-    told: further replies per query, of the teacher with all statements in its prompt: for characters that the LM does
-        not know under its own prompt, where all that it says is alike.
+    told: further replies per query, of the teacher with those statements in its prompt that bear on the query, as
+        whoever scores says: for an LM that under its own prompt never says what is true.
     nll_coef: weight of the chosen reply's own loss beside DPO's; 0 as published. It keeps a small LM readable.
     objective: "total" prefers by the summed APC, as published code does; "per_statement" is the paper's eq. 8-9.
     """

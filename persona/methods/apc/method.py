@@ -343,10 +343,11 @@ class Run:
             items += [(f"{c.id}/{number}", (f"{c.id}/{query}", query)) for number, query in enumerate(queries)]
         of = {name: told[name.rpartition("/")[0]] for name, _ in items}
         named = [(name, (name, *item)) for name, item in items]
-        prompter = self.prompter()
+        prompter, bearing = self.prompter(), self.bearing(folder, named, of) if config.told else {}
 
         async def sample(item: tuple[str, str, str], roles: Any) -> Mapping[str, Any]:
-            return await pairs.sample_replies(item[1:], roles, of[item[0]], prompter, config, seed)
+            known = bearing.get(item[0], ())
+            return await pairs.sample_replies(item[1:], roles, of[item[0]], known, prompter, config, seed)
 
         teacher = self.helper if config.told else None
         rows = self.generate(named, sample, folder, "pairs", "replies", model=self.under, reference=teacher)
@@ -364,6 +365,24 @@ class Run:
             for c in self.characters:
                 own = [pair for pair in kept if pair["of"] == c.id]
                 formats.write(temporary, c, formats.PAIRS, [pairs.published(self.under.base, pair) for pair in own])
+
+    def bearing(self, folder: Path, named: Sequence[tuple], of: Mapping[str, Character]) -> dict[str, list[str]]:
+        """Of each query its character's statements that bear on it, by whoever scores replies."""
+        if self.config.reward == "judge":
+
+            async def judge(item: tuple[str, str, str], roles: Any) -> Mapping[str, Any]:
+                return await pairs.judge_relevance(item[2], roles, of[item[0]])
+
+            one = labels.one_judge(self.judges)
+            rows = self.generate(named, judge, folder, "pairs", "relevance", judges=one)
+            labels.readable(rows, "of the judge on relevance")
+            return {row["id"]: row.get("bearing", []) for row in rows}
+        asked = [Question(of[name].name, of[name].persona.statements, item[2], ()) for name, item in named]
+        found = self.scorer(folder)(asked)
+        return {
+            name: [s for s, chance in zip(question.statements, each.relevance, strict=True) if chance > 0.5]
+            for (name, _), question, each in zip(named, asked, found, strict=True)
+        }
 
     def score(
         self, folder: Path, rows: list[dict[str, Any]], questions: Sequence[Question]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from persona.errors import UserError
 from persona.evaluation.generation import seed_of
-from persona.evaluation.judges.apc import judged
+from persona.evaluation.judges.apc import RELEVANCE, judged
 from persona.evaluation.judges.judging import Unscored
 from persona.evaluation.roles import Roles
 from persona.lm import BaseLM
@@ -66,11 +67,18 @@ def statement_weights(found: Probabilities, chosen: int, rejected: int) -> tuple
 
 
 async def sample_replies(
-    item: tuple[str, str], roles: Roles, character: Character, prompter: Statements, config: APCConfig, seed: int
+    item: tuple[str, str],
+    roles: Roles,
+    character: Character,
+    bearing: Sequence[str],
+    prompter: Statements,
+    config: APCConfig,
+    seed: int,
 ) -> Mapping[str, Any]:
     """(name, query) → `samples` replies of the LM that is to be trained, and `told` ones of the teacher, who is the
-    reference and has all statements in its prompt."""
+    reference and has the statements `bearing` on the query in its prompt."""
     name, query = item
+    informed = replace(character.persona, statements=tuple(bearing))
 
     async def one(number: int) -> str:
         sampling = Sampling(config.max_new_tokens, config.temperature, seed=seed_of(seed, "replies", name, number))
@@ -78,10 +86,20 @@ async def sample_replies(
         if number < config.samples:
             return (await roles.model.respond(request)).text.strip()
         assert roles.reference is not None
-        return (await roles.reference.respond(prompter.prompt([request])[0])).text.strip()
+        (prompted,) = prompter.prompt([replace(request, persona=informed)])
+        return (await roles.reference.respond(prompted)).text.strip()
 
     replies = await asyncio.gather(*(one(number) for number in range(config.samples + config.told)))
     return {"of": character.id, "query": query, "replies": list(replies)}
+
+
+async def judge_relevance(query: str, roles: Roles, character: Character) -> Mapping[str, Any]:
+    """The statements that bear on the query, as the judge says. Raises Unscored where nothing can be read."""
+    statements, slots = character.persona.statements, {"character": character.name, "query": query}
+    verdicts = await asyncio.gather(*(roles.judges[0].ask(RELEVANCE, statement=s, **slots) for s in statements))
+    if not any(verdict.value for verdict in verdicts):
+        raise Unscored(verdicts[0].reason, verdicts[0].raw, failed=any(verdict.failed for verdict in verdicts))
+    return {"bearing": [s for s, verdict in zip(statements, verdicts, strict=True) if verdict.value == "yes"]}
 
 
 async def judge_replies(question: Question, roles: Roles) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ stages/merged/, merge.json merge       one adapter out of both, and how far it i
 from __future__ import annotations
 
 import logging
+import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -25,8 +26,8 @@ from accelerate import PartialState
 
 from persona.data.constitution import Constitution
 from persona.errors import UserError
-from persona.evaluation.generation import generate
-from persona.evaluation.roles import Cast, identity
+from persona.evaluation.generation import generate, seed_of
+from persona.evaluation.roles import Cast, Roles, identity
 from persona.files import read_lines, sha256, write_json, write_lines
 from persona.lm import adapters
 from persona.methods.character import distillation, expansion, introspection
@@ -140,17 +141,23 @@ class Character:
     def distill(self, folder: Path) -> None:
         """Teacher against student on every prompt. Raises UserError when no pair is left to train on."""
         c, traits = self.config, self.constitution.statements
-        asked = [
-            (f"{row['id']}/{n}", {"name": f"{row['id']}/{n}", "prompt": row["prompt"]})
-            for n in range(c.distill.repeats)
-            for row in read_lines(folder / "prompts.jsonl")
-        ]
+        prompts = list(read_lines(folder / "prompts.jsonl"))
+        asked = [(f"{row['id']}/{n}", {"name": f"{row['id']}/{n}", "prompt": row["prompt"]})
+                 for n in range(c.distill.repeats) for row in prompts]  # fmt: skip
+        for n in range(c.distill.second_turns):
+            for row in prompts:
+                name = f"{row['id']}/second {n}"
+                first = random.Random(seed_of(self.trainer.seed, "first turn", name)).choice(prompts)["prompt"]
+                asked.append((name, {"name": name, "prompt": row["prompt"], "first": first}))
+
+        async def answer(item: Mapping[str, str], roles: Roles) -> Mapping[str, Any]:
+            given = (self.prompts, traits, c.distill, c.sampling, self.trainer.seed, item["name"])
+            return await distillation.distill(item["prompt"], roles, *given, item.get("first"))
+
         rows = self._generate(
             folder / "answers.jsonl",
             asked,
-            lambda item, roles: distillation.distill(
-                item["prompt"], roles, self.prompts, traits, c.distill, c.sampling, self.trainer.seed, item["name"]
-            ),
+            answer,
             Cast(self.under, reference=self.teacher),
             {
                 "base": identity(self.under),
@@ -183,7 +190,7 @@ class Character:
 
         c, work = self.config, folder / "work" / "dpo"
         pairs = [
-            Pair((Message("user", row["prompt"]),), row["chosen"], row["rejected"])
+            Pair(distillation.conversation(row), row["chosen"], row["rejected"])
             for row in read_lines(folder / "pairs.jsonl")
         ]
         train_preferences(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -184,8 +185,8 @@ def test_thinking_is_cut_off():
     assert after_thinking("a</think>b</think>c") == "b</think>c"  # the first end counts
 
 
-def distilled(teacher: Script, student: Script, **settings) -> dict:
-    given = (ENGLISH, TRAITS, DistillConfig(**settings), DRAWN, 7, "1-1/0")
+def distilled(teacher: Script, student: Script, first: str | None = None, **settings) -> dict:
+    given = (ENGLISH, TRAITS, DistillConfig(**settings), DRAWN, 7, "1-1/0", first)
     return asyncio.run(distillation.distill("Why?", Roles(student, reference=teacher), *given))
 
 
@@ -197,6 +198,17 @@ def test_the_teacher_reads_the_constitution_and_the_student_does_not():
     assert teacher.asked[0].messages == ENGLISH.fill("teacher", traits=TRAITS, prompt="Why?")
     assert student.asked[0].messages == (Message("user", "Why?"),) and teacher.asked[0].prefill == ""
     assert teacher.asked[0].sampling.seed != student.asked[0].sampling.seed
+
+
+def test_a_second_turn_stands_behind_the_students_first_for_both():
+    teacher, student = Script("Calmly."), Script("No idea.")
+    row = distilled(teacher, student, "How?")
+    before = (Message("user", "How?"), Message("assistant", "No idea."))
+    system, asked = ENGLISH.fill("teacher", traits=TRAITS, prompt="Why?")
+    assert teacher.asked[0].messages == (system, *before, asked)
+    assert [request.messages for request in student.asked] == [before[:1], (*before, Message("user", "Why?"))]
+    assert distillation.conversation(row) == student.asked[1].messages and row["chosen"] == "Calmly."
+    assert distillation.conversation(json.loads(json.dumps(row))) == student.asked[1].messages
 
 
 def test_the_teacher_may_begin_with_thoughts():
@@ -219,10 +231,10 @@ def test_which_pairs_are_left_out(llama):
     assert why(unfinished=["chosen"]) == "the teacher's answer was cut off"
     assert why("reference", unfinished=["chosen"]) == ""
     asked = (Message("user", "hi"),)
-    exact = distillation.length(llama, "hi", "Yes.")
+    exact = distillation.length(llama, asked, "Yes.")
     assert exact == len(llama.render(asked)) + len(llama.render_reply(asked, "Yes."))
     # Published: the header of one more reply counts too.
-    assert distillation.length(llama, "hi", "Yes.", "reference") > exact
+    assert distillation.length(llama, asked, "Yes.", "reference") > exact
     assert why(max_length=exact) == ""
     assert why("reference", max_length=exact) == "the teacher's answer is too long"
     assert why(max_length=exact - 1) == "the teacher's answer is too long"
