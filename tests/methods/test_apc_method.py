@@ -29,6 +29,7 @@ from persona.methods.apc import (
     formats,
     labels,
     method,
+    pairs,
     preference_pairs,
     train,
 )
@@ -36,7 +37,7 @@ from persona.methods.apc.characters import characters
 from persona.methods.apc.discriminators import Labelled, calibration, class_weights, split
 from persona.methods.apc.pairs import statement_weights
 from persona.methods.apc.statements import bullets, quoted, take
-from persona.metrics.apc import Probabilities
+from persona.metrics.apc import Probabilities, Question
 from persona.personalizer import LanguageModel
 from persona.training.classifier import ClassifierTraining
 from persona.training.lora import LoraSettings
@@ -315,6 +316,31 @@ def test_the_judge_itself_may_score(base, tmp_path):
     assert {path.name for path in stages.iterdir()} == {"statements", "pairs", "dpo", "records", "work"}
     rows = [json.loads(line) for line in (stages / "pairs" / "pairs.jsonl").read_text().splitlines()]
     assert rows and all(score == int(score) for row in rows for score in row["scores"])  # statements are counted
+
+
+def test_a_teacher_who_is_told_what_bears_on_a_query_gives_direct_prompting_its_pairs(base, tmp_path):
+    """Asked directly the LM knows nobody and says nothing; what is learned has no statement in its prompt."""
+    config = replace(TINY, reward="judge", samples=1, told=1, gap=0.5)
+    train(config, under(base), people(questions=8), TRAINER, tmp_path, judges=[OracleJudge()])
+    rows = [json.loads(line) for line in (tmp_path / "stages" / "pairs" / "pairs.jsonl").read_text().splitlines()]
+    assert len(rows) > 8 and all(row["scores"][1] > row["scores"][0] for row in rows)
+    assert {row["messages"][0]["content"] for row in rows} == {
+        sample.messages[0].content for sample in people(questions=8).train
+    }
+
+
+def test_a_reply_that_the_judge_cannot_read_is_left_out_and_the_others_are_compared():
+    question = Question("ada", ("ada sails .",), "hobby ?", ("i sail .", "mumble", "no ."))
+
+    def reply(rubric, slots):
+        labels = {"i sail .": "entailed", "no .": "contradicted", "mumble": "who knows"}
+        return labels[slots["response"]] if "response" in slots else "yes"
+
+    judges = Roles(Parrot(""), judges=[ScriptedJudge("half", reply)])
+    row = asyncio.run(pairs.judge_replies(question, judges))
+    assert row["kept"] == [0, 2] and pairs.probabilities(row).score().total.tolist() == [1.0, 0.0]
+    with pytest.raises(Unscored, match="1 of 2 verdicts could not be read"):  # one reply is no pair
+        asyncio.run(pairs.judge_replies(replace(question, replies=("i sail .", "mumble")), judges))
 
 
 def test_pairs_that_were_all_drawn_to_be_measured_on_are_learned_from(base, tmp_path, monkeypatch):
