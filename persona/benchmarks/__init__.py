@@ -25,6 +25,7 @@ BENCHMARKS = {
     "emobench": "persona.benchmarks.emobench",
     "eq_bench": "persona.benchmarks.eq_bench",
     "tombench": "persona.benchmarks.tombench",
+    "big_five_inventory": "persona.benchmarks.big_five_inventory",
     "apc": "persona.benchmarks.apc",
     "character": "persona.benchmarks.character",
     "coherence": "persona.benchmarks.coherence",

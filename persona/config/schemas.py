@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from persona.benchmarks import AllConfig, BenchmarkConfig, FileBenchmarkConfig, PeopleBenchmarkConfig
 from persona.benchmarks.apc import APCBenchmarkConfig
 from persona.benchmarks.base_prefills import BasePrefillsConfig
+from persona.benchmarks.big_five_inventory import BigFiveInventoryConfig
 from persona.benchmarks.character import CharacterConfig, QuestionsConfig
 from persona.benchmarks.coherence import CoherenceConfig
 from persona.benchmarks.drift import DriftConfig
@@ -156,6 +157,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_people": PeopleBenchmarkConfig,
         "base_apc": APCBenchmarkConfig,
         "base_base_prefills": BasePrefillsConfig,
+        "base_big_five_inventory": BigFiveInventoryConfig,
         "base_character": CharacterConfig,
         "base_coherence": CoherenceConfig,
         "base_emobench": EmoBenchConfig,
@@ -205,6 +207,7 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     FileBenchmarkConfig: {"compat": (None, "reference")},
     EmoBenchConfig: {"language": LANGUAGES, "mode": CHOICE_MODES},
     ToMBenchConfig: {"language": LANGUAGES, "mode": CHOICE_MODES},
+    BigFiveInventoryConfig: {"mode": CHOICE_MODES, "compat": (None,)},
     PersoBenchConfig: {"mode": ("vanilla", "cot")},
     PersonaEvalConfig: {"mode": ("text", "likelihood")},
     PersonaFeedbackConfig: {"mode": ("answer", "likelihood", "reward"), "access": ("profile", "none")},
