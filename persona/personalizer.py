@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,15 @@ from persona.types import Request, Response
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+
+
+class Mixed(NamedTuple):
+    """What a personalizer mixes: `names` [E], the weights [B, E] of each request, and how alike the parts change the
+    base LM, cosines [E, E]."""
+
+    names: tuple[str, ...]
+    weights: np.ndarray
+    similarity: np.ndarray
 
 
 class Personalizer:
@@ -60,6 +69,14 @@ class Personalizer:
     def attention(self, requests: Sequence[Request]) -> list[np.ndarray] | None:
         """Per request the weights of its persona's last items, where a method has such a thing; for plots only."""
         return None
+
+    def mixes(self, requests: Sequence[Request]) -> Mixed | None:
+        """What is mixed for each request, where a method mixes; for plots only."""
+        return None
+
+    def alone(self, name: str) -> Personalizer:
+        """One of what `mixes` names by itself, at weight 1."""
+        raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
         """Plain JSON values from which `load` builds this personalizer again."""

@@ -1,18 +1,21 @@
-"""What a stack shows beyond its scores: attention over a user's items, and users as points in a plane."""
+"""What a stack shows beyond its scores: attention over a user's items, users as points in a plane, what is mixed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from persona.evaluation.results import Attention, Plots, Point, write_plots
+from persona.evaluation.results import Attention, Mixture, Plots, Point, write_plots
 from persona.personalizer import LanguageModel
-from persona.types import Request, Sample
+from persona.types import Request, Sample, Sampling
 
 ATTENTION_USERS = 6
 POINTS = 400
+MIXED = 24  # queries of a heat map
+MIXED_TOKENS = 64  # of the replies by each part alone
 
 
 def _request(sample: Sample) -> Request:
@@ -37,8 +40,36 @@ def plane(vectors: np.ndarray) -> np.ndarray:
     return points * np.sign(points[np.abs(points).argmax(0), np.arange(points.shape[1])])
 
 
+def mixture(model: LanguageModel, samples: Sequence[Sample]) -> Mixture | None:
+    """What the first personalizer that mixes mixes for some samples, evenly spread; None where none does."""
+    some = [_request(sample) for sample in samples[:: max(1, len(samples) // MIXED)][:MIXED]]
+    for place, personalizer in enumerate(model.personalizers):
+        mixed = personalizer.mixes(some) if some else None
+        if mixed is None:
+            continue
+        replies, asked = [], replace(some[0], sampling=Sampling(MIXED_TOKENS), options=None)
+        for name in mixed.names:
+            stack = list(model.personalizers)
+            stack[place] = personalizer.alone(name)
+            replies.append((name, LanguageModel(model.base, stack).respond([asked])[0].text))
+        return Mixture(
+            mixed.names,
+            tuple(
+                (request.messages[-1].content, tuple(weights))
+                for request, weights in zip(some, mixed.weights.round(4).tolist(), strict=True)
+            ),
+            tuple(map(tuple, mixed.similarity.round(4).tolist())),
+            tuple(replies),
+        )
+    return None
+
+
 def draw(model: LanguageModel, samples: Sequence[Sample]) -> Plots | None:
-    """Plots of the stack's personalizers that put vectors in front; None when there are none, or under 3 users."""
+    """Plots of the stack's personalizers that mix, or put vectors in front; None when there are none, or under 3
+    users."""
+    mixed = mixture(model, samples)
+    if mixed is not None:
+        return Plots(mixture=mixed)
     users = _first_per_persona(samples, POINTS)
     for personalizer in model.personalizers:
         some = users[:ATTENTION_USERS]

@@ -139,12 +139,24 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """What a method mixes for each query, how alike its parts are (cosines), and what the stack says to the first
+    query with each part alone."""
+
+    names: tuple[str, ...]
+    queries: tuple[tuple[str, tuple[float, ...]], ...]
+    similarity: tuple[tuple[float, ...], ...]
+    replies: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Plots:
     """plots.json: what a method wants shown beside its scores."""
 
     attention: tuple[Attention, ...] = ()
     points: tuple[Point, ...] = ()
     points_title: str = "User embeddings"
+    mixture: Mixture | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,9 +293,19 @@ def read_plots(folder: Path | str) -> Plots:
                 for entry in content["points"]
             ),
             points_title=content["points_title"],
+            mixture=None if content.get("mixture") is None else _mixture(content["mixture"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} has not the form of plots.json: {error!r}.") from error
+
+
+def _mixture(content: dict[str, Any]) -> Mixture:
+    return Mixture(
+        tuple(map(str, content["names"])),
+        tuple((str(query), tuple(map(float, weights))) for query, weights in content["queries"]),
+        tuple(tuple(map(float, row)) for row in content["similarity"]),
+        tuple((str(name), str(reply)) for name, reply in content["replies"]),
+    )
 
 
 def load_run(folder: Path | str) -> Run:

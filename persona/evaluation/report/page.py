@@ -62,6 +62,7 @@ def write_report(
         n_comparisons=len(comparisons),
         attention=[(run, [_attention(entry) for entry in run.plots.attention]) for run in runs if run.plots.attention],
         embeddings=[(run, *_embeddings(run)) for run in runs if run.plots.points],
+        mixtures=[(run, run.plots.mixture) for run in runs if run.plots.mixture],
         browser=browser.books(shelves, browse),
         metadata=[(run, *(list(flatten(x).items()) for x in (run.summary.settings, run.summary.environment)))
                   for run in runs],
@@ -85,6 +86,7 @@ def _environment() -> Environment:
         bounds=charts.bounds,
         p=_p_value,
         plain=browser.plain,
+        zip=zip,
     )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     return environment

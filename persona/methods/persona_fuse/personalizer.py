@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from persona.methods.persona_fuse.config import RouterConfig
 from persona.methods.persona_fuse.experts import Experts, read_experts, write_experts
 from persona.methods.persona_fuse.mixture import Mixture
 from persona.methods.persona_fuse.router import Router, Routing
-from persona.personalizer import Personalizer
+from persona.personalizer import Mixed, Personalizer
 from persona.types import Request
 
 EXPERTS, ROUTER = "experts", "router.safetensors"
@@ -29,6 +29,22 @@ EXPERTS, ROUTER = "experts", "router.safetensors"
 def mixture(config: RouterConfig, base: BaseLM, experts: Experts, seed: int = 0) -> Mixture:
     """Experts under a new router."""
     return Mixture(base, experts, Router(config, base, len(blocks(base.model)), seed, experts.count))
+
+
+class Alone(Personalizer):
+    """One expert for whatever is asked, in the weights."""
+
+    method = "persona_fuse_expert"
+
+    def __init__(self, base: BaseLM, mixture: Mixture, number: int):
+        self.base, self.mixture, self.number = base, mixture, number
+
+    def modules(self, requests: Sequence[Request]) -> AbstractContextManager[None]:
+        gate = torch.eye(len(self.mixture.names), device=self.base.device)[self.number]
+        return self.mixture.experts.folded(self.base.model, gate)
+
+    def config(self) -> dict[str, Any]:
+        return {"expert": self.mixture.names[self.number]}
 
 
 class PersonaFuse(Personalizer):
@@ -60,6 +76,15 @@ class PersonaFuse(Personalizer):
     def modules(self, requests: Sequence[Request]) -> Iterator[None]:
         with self.mixture.applied(self.base.model, self.route(requests), fold=self.fold):
             yield
+
+    def mixes(self, requests: Sequence[Request]) -> Mixed:
+        similarity = torch.eye(len(self.names))  # the null expert changes nothing, and is like none
+        count = self.mixture.experts.count
+        similarity[:count, :count] = self.mixture.experts.similarity()
+        return Mixed(self.names, self.gate(requests).numpy(), similarity.numpy())
+
+    def alone(self, name: str) -> Personalizer:
+        return Alone(self.base, self.mixture, self.names.index(name))
 
     def config(self) -> dict[str, Any]:
         router = self.mixture.router

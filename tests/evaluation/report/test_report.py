@@ -15,7 +15,7 @@ from persona.evaluation.report import main, write_report
 from persona.evaluation.report.charts import scale
 from persona.evaluation.report.sections import history_bins
 from persona.evaluation.report.table import print_table
-from persona.evaluation.results import Attention, Plots, Point, load_run, write_plots
+from persona.evaluation.results import Attention, Mixture, Plots, Point, load_run, write_plots
 from persona.evaluation.statistics import Metric
 from persona.types import HistoryItem, Message, Persona, Score, Verdict
 
@@ -166,8 +166,10 @@ def test_hostile_text_stays_text_wherever_it_stands(tmp_path):
         summary["environment"] = {EVIL: EVIL, "usage": {EVIL: {EVIL: 1.0}}}
         (place / "summary.json").write_text(json.dumps(summary))
         write_plots(
-            place, Plots((Attention(EVIL, EVIL, ((EVIL, 1.0),)),), (Point(0, 0, EVIL, EVIL), Point(1, 1, "", "")))
-        )
+            place,
+            Plots((Attention(EVIL, EVIL, ((EVIL, 1.0),)),), (Point(0, 0, EVIL, EVIL), Point(1, 1, "", "")),
+                  mixture=Mixture((EVIL,), ((EVIL, (0.5,)),), ((1.0,),), ((EVIL, EVIL),))),
+        )  # fmt: skip
     text = write_report([tmp_path], tmp_path / "report.html", title=EVIL).read_text()
     page = Page(text)
     assert "<img" not in text and "49" not in re.sub(r"\d\.\d+|#[0-9a-f]+", "", text.split("<main>")[0])
@@ -178,7 +180,7 @@ def test_hostile_text_stays_text_wherever_it_stands(tmp_path):
     sample = book["samples"][0]
     assert sample["id"] == EVIL + "a" and sample["replies"][0]["verdicts"][1]["value"] == EVIL
     # Everything was drawn: it stands there, escaped, in every section.
-    for heading in ("overview", "benchmark-1", "attention", "embeddings", "runs"):
+    for heading in ("overview", "benchmark-1", "attention", "embeddings", "mixtures", "runs"):
         assert "&lt;img src=x onerror=alert(2)&gt;" in section(text, heading).replace("<wbr>", "")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from fuse_toys import QUERIES, requests, trained_looking
@@ -201,3 +202,25 @@ def test_saved_and_loaded_are_equal(llama, tmp_path, settings):
     one, other = (LanguageModel(llama, [x]).loglikelihood(requests(*QUERIES), [REPLY] * 4) for x in (fuse, again))
     assert one == other
     assert adapters.load_adapter(tmp_path / "fuse" / "experts" / "N_low").scaling.popitem()[1] == 2.0
+
+
+def test_what_is_mixed_is_in_the_plots(llama, made, tmp_path):
+    """Gates of some queries, likeness of the experts by hand, and a reply by each expert alone; in plots.json."""
+    from persona.evaluation import plots
+    from persona.evaluation.results import read_plots
+    from persona.types import Sample
+
+    fuse = PersonaFuse(llama, made)
+    asked = [Sample(str(n), one.messages) for n, one in enumerate(requests(*QUERIES))]
+    plots.write(LanguageModel(llama, [fuse]), asked, tmp_path)
+    shown = read_plots(tmp_path).mixture
+    assert shown.names == fuse.names and [query for query, _ in shown.queries] == list(QUERIES)
+    assert np.allclose([weights for _, weights in shown.queries], fuse.gate(QUERIES), atol=1e-4)
+    changes = [torch.cat([(b @ a).flatten() for a, b in made.experts.expert(n).modules.values()]) for n in range(10)]
+    cosines = torch.stack([torch.cosine_similarity(changes[2], other, dim=0) for other in changes])
+    assert np.allclose(shown.similarity[2][:10], cosines, atol=1e-3) and shown.similarity[2][10] == 0
+    replies = dict(shown.replies)
+    alone = logits(llama, made.experts.applied(llama.model, one_hot(3)))
+    assert close(logits(llama, fuse.alone("C-").modules([])), alone, 1e-4)
+    assert replies["null"] == LanguageModel(llama).respond([Request(asked[0].messages)])[0].text
+    assert len(set(replies.values())) > 5 and list(replies) == list(fuse.names)
