@@ -350,7 +350,9 @@ def mean_norms(
     base: BaseLM, conversations: Sequence[Conversation], sites: Sequence[Site], batch_size: int = 32
 ) -> list[float]:
     """Per site the mean length of the states over all tokens of the conversations: the unit of a relative strength
-    (`edits.add`; reference/assistant_axis.md 3.5). Decoder-only LMs."""
+    (`edits.add`; reference/assistant_axis.md 3.5). Raises UserError for an encoder-decoder."""
+    if base.is_encoder_decoder:
+        raise UserError(f"mean norms are read from decoder-only LMs, and {base.name} is none")
     rows = [Row(message_tokens(base, messages)[0], None, Request(messages)) for messages in conversations]
     totals, tokens = torch.zeros(len(sites), dtype=torch.float64), 0
     for batch in batches([row.length for row in rows], batch_size):

@@ -225,8 +225,13 @@ def test_positions_of_a_forward_of_ones_own(llama):
                 attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1, 1]]),
                 position_ids=torch.tensor([[0, 0, 0, 1, 2, 3, 4]]),
             ).logits
+            unsaid = llama.model(  # positions are read off the mask
+                input_ids=torch.cat([torch.tensor([[0, 0]]), tokens], dim=1),
+                attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1, 1]]),
+            ).logits
     assert torch.allclose(torch.cat([start.logits, rest], dim=1), whole, atol=1e-3)
     assert torch.allclose(padded[:, 2:], whole, atol=1e-3)
+    assert torch.allclose(unsaid[:, 2:], whole, atol=1e-3)  # rotary angles are relative
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
@@ -296,6 +301,7 @@ def test_the_order_of_edits_at_one_site(llama):
         ([push, floor], cap(add(plain, v, -4.0), v, 9.0)),
         ([floor, push], add(cap(plain, v, 9.0), v, -4.0)),
         ([floor, other, drop, push], add(ablate(add(cap(plain, v, 9.0), other.direction, 2.0), v), v, -4.0)),
+        ([floor, Edit(site, "ablate", other.direction)], ablate(cap(plain, v, 9.0), other.direction)),
         ([push, other, push], add(add(plain, v, -8.0), other.direction, 2.0)),
     ):
         assert torch.allclose(state(edits), expected, atol=1e-4)

@@ -163,6 +163,12 @@ def test_blocks_are_found_under_peft_and_in_other_layouts(load_base, family):
     try:
         assert blocks(wrapped) is blocks(base.model) is base.model.model.layers
         assert torch.equal(last_states(BaseLM(wrapped, base.tokenizer, "peft"), [asked], [[]], SITES), plain)
+        cap = Edit(Site(1, "mlp"), "cap", torch.ones(base.hidden_size), floor=5.0)
+        with edited(wrapped, [cap]) as counts:
+            capped = last_states(base, [asked], [[]], SITES)
+        with edited(base.model, [cap]):
+            assert torch.equal(last_states(base, [asked], [[]], SITES), capped)
+        assert counts.acted[0] > 0 and not torch.equal(capped, plain)
     finally:
         wrapped.unload()
     wrapped = get_peft_model(opt, LoraConfig(target_modules=["fc2"]))
@@ -237,8 +243,9 @@ def test_means_are_those_of_stored_states_in_any_batch(load_base, name, batch_si
     assert [len(found[i]) for i in range(5)] == [1, 3, 1, 1, 0]
     for i in (0, 1, 3):
         for turn, expected in zip(found[i], stored(base, CHATS[i], SITES), strict=True):
-            # Relative: the tiny LMs' states are large, and padding changes the order of sums.
-            assert torch.allclose(turn, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()) * 20)
+            # The tiny LMs' states are large; padding changes the order of sums within the LM, which is seen later.
+            within = (1e-6 if batch_size == 1 else 2e-5) * float(expected.abs().max())
+            assert torch.allclose(turn, expected, rtol=0, atol=within)
     assert found[2].isnan().all() and found[2].shape == (1, 5, base.hidden_size)
 
 
@@ -305,7 +312,9 @@ def test_norms_are_means_over_all_tokens(llama):
     assert norms[0] == pytest.approx(float(torch.cat(kept).mean()), rel=1e-5) and len(norms) == 2
 
 
-def test_bad_conversations_are_named(llama):
+def test_bad_conversations_are_named(llama, t5):
+    with pytest.raises(UserError, match="mean norms are read from decoder-only LMs, and .* is none"):
+        mean_norms(t5, CHATS[:1], [Site(0)])
     with pytest.raises(UserError, match=r"conversation that begins 'x' is \d+ tokens long, but .* has 256 pos"):
         list(span_means(llama, [CHATS[0], chat("x", "boats " * 300)], [Site(0)]))
     broken = BaseLM(copy.deepcopy(llama.model), llama.tokenizer, "broken")
