@@ -124,6 +124,15 @@ def test_every_experiment_starts(places, tmp_path, name, capsys):
         for stage in ("statements", "labels"):
             folder = train(load_config("train", [f"experiment={name}", *few, f"stage={stage}"]))
             assert (folder / "records" / f"{stage}.json").is_file()
+    elif cfg.data.name == "town_situations":
+        more = ["debug=tiny", f"output={tmp_path}", "model.device=cpu", "trainer.cpu=true", f"model.path={places['lm']}"]
+        more += [f"method.router.path={places['lm']}"] if cfg.method.name == "persona_fuse" else []
+        few = ["data=town_situations", "data.limit=null", "data.train=60", "data.dev=4", "data.test=6"]
+        personalizer = train(load_config("train", [f"experiment={name}", *more, *few]))
+        cfg = load_config("evaluate", ["benchmark=town_traits", *few, *more[1:3], f"model.path={places['lm']}"])
+        cfg.benchmark.max_new_tokens, cfg.personalizers = 4, [str(personalizer)]
+        found = [read_summary(path.parent) for path in evaluate(cfg).glob("*/summary.json")]
+        assert len(found) == 3 and all(summary.n == 8 and "exact" in summary.estimates for summary in found)
     elif cfg.model.path == "town":
         plug = places["plug"] if cfg.method.name == "persona_plug" else []
         more = ["debug=tiny", f"output={tmp_path}", "model.device=cpu", "trainer.cpu=true", *plug]

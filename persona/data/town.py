@@ -54,6 +54,7 @@ class TownSituationsConfig:
     test: int = 300
     neutral: float = 0.2
     with_truth: bool = False
+    limit: int | None = None  # samples per split
 
 
 def _join(snippets: Sequence[str], prompt: str) -> str:
@@ -136,7 +137,7 @@ def load_situations(config: TownSituationsConfig) -> People:
     """Situations and neutral questions; raises UserError for more of them than the town has."""
     town = situations.situations(config.seed, config.train, config.dev, config.test, config.neutral)
     splits = {
-        split: tuple(_situation(f"{split}/{n}", one, config.with_truth) for n, one in enumerate(found))
+        split: tuple(_situation(f"{split}/{n}", one, config.with_truth) for n, one in enumerate(found[: config.limit]))
         for split, found in town.items()
     }
     return People("town_situations", TASKS, splits["train"], splits["dev"], splits["test"])
