@@ -20,7 +20,7 @@ import asyncio
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,9 @@ from persona.evaluation.episodes import Benchmark, Unscored
 from persona.evaluation.generation import seed_of
 from persona.evaluation.judges.judging import require
 from persona.evaluation.prompts import Prompt
-from persona.evaluation.results import Row
+from persona.evaluation.results import Curve, Row, write_curves
 from persona.evaluation.roles import Parrot, Roles
 from persona.evaluation.statistics import Estimate, Metric, estimate
-from persona.files import write_json
 from persona.metrics.projection import project
 from persona.town import lexicon as lx
 from persona.town import residents
@@ -310,20 +309,18 @@ class Drift(Benchmark):
         return something(self.config.language, rng, [s.messages[-1].content for s in self._samples])
 
     def write_artifacts(self, rows: Sequence[Row], folder: Path) -> None:
-        """turns.json: for each domain, and "all" of them, the curves over turns (see `turns`)."""
-        domains = {"all": rows} | {
-            domain: [row for row in rows if row.groups["domain"] == domain]
+        """curves.json: projections and shares by turn (see `turns`), of all conversations and of each domain."""
+        domains = {"": rows} | {
+            f" in {domain}": [row for row in rows if row.groups["domain"] == domain]
             for domain in sorted({row.groups["domain"] for row in rows})
         }
-        curves = {
-            domain: {
-                name: [{"turn": turn, **asdict(point)} for turn, point in curve.items()]
-                for name in ("projection", "base", "away")
-                if (curve := turns(of, name, self.config.min_count))
-            }
-            for domain, of in domains.items()
-        }
-        write_json(Path(folder) / "turns.json", {"min_count": self.config.min_count, "domains": curves})
+        shown = {"projection": "projection", "base": "base projection", "away": "away"}
+        curves = [
+            Curve(f"{title}{where}", "turn", turns(of, name, self.config.min_count))
+            for name, title in shown.items()
+            for where, of in domains.items()
+        ]
+        write_curves(folder, curves)
 
 
 def _along(name: str, by_turn: Mapping[int, float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,10 +23,9 @@ from persona.evaluation.episodes import Benchmark
 from persona.evaluation.judges.judging import Rubric, require
 from persona.evaluation.judges.parsing import parse_integer
 from persona.evaluation.prompts import Prompt
-from persona.evaluation.results import Row
+from persona.evaluation.results import Curve, Row, write_curves
 from persona.evaluation.roles import Roles
 from persona.evaluation.statistics import Estimate, Metric, estimate
-from persona.files import write_json
 from persona.types import Message, Persona, Request, Sample, Sampling, Score, Verdict
 
 LANGUAGES = ("en", "zh")
@@ -368,16 +367,12 @@ class RMTBench(Benchmark):
         return rng.choice(rng.choice(self._samples).messages[1:]).content
 
     def write_artifacts(self, rows: Sequence[Row], folder: Path) -> None:
-        """rounds.json: the degradation curve of all scenarios together and of each (see `rounds`)."""
-        curves = {"all": rounds(rows)} | {
-            name: rounds([row for row in rows if row.task == name]) for name in SCENARIOS if name != "user_preference"
-        }
-        content = {
-            name: [{"round": number, **asdict(point)} for number, point in curve.items()]
-            for name, curve in curves.items()
-            if curve
-        }
-        write_json(Path(folder) / "rounds.json", content)
+        """curves.json: the degradation curve of all scenarios together and of each (see `rounds`)."""
+        scenarios = [name for name in SCENARIOS if name != "user_preference"]
+        curves = [Curve("score", "round", rounds(rows))] + [
+            Curve(f"score in {name}", "round", rounds([row for row in rows if row.task == name])) for name in scenarios
+        ]
+        write_curves(folder, curves)
 
 
 def _line(message: Message) -> str:

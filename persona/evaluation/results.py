@@ -3,6 +3,7 @@
 <folder>/meta.json      what the run was made of; a folder never mixes two settings
 <folder>/samples.jsonl  one `Row` per finished episode
 <folder>/summary.json   one `Summary`
+<folder>/curves.json    optional `Curve`s of a benchmark, over the turns of conversations
 <folder>/plots.json     optional `Plots` from a method (attention over items, user embeddings)
 """
 
@@ -160,6 +161,15 @@ class Plots:
 
 
 @dataclass(frozen=True, slots=True)
+class Curve:
+    """A number at every step of something, such as the turns of a conversation (`step`: "turn"), counted from 1."""
+
+    title: str
+    step: str
+    points: Mapping[int, Estimate]
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """A results folder in memory."""
 
@@ -167,6 +177,7 @@ class Run:
     summary: Summary
     rows: list[Row]
     plots: Plots
+    curves: tuple[Curve, ...] = ()
 
 
 def _read_json(path: Path) -> Any:
@@ -308,10 +319,38 @@ def _mixture(content: dict[str, Any]) -> Mixture:
     )
 
 
+def write_curves(folder: Path | str, curves: Sequence[Curve]) -> Path:
+    """Write curves.json beside a run's other results, for the report; curves without points are left out."""
+    content = [
+        {"title": c.title, "step": c.step, "points": [{c.step: at, **asdict(point)} for at, point in c.points.items()]}
+        for c in curves
+        if c.points
+    ]
+    write_json(Path(folder) / "curves.json", content)
+    return Path(folder) / "curves.json"
+
+
+def read_curves(folder: Path | str) -> tuple[Curve, ...]:
+    """The folder's curves, or none. Raises UserError when the file is there and not as `write_curves` writes it."""
+    path = Path(folder) / "curves.json"
+    if not path.exists():
+        return ()
+    content = _read_json(path)
+    try:
+        return tuple(
+            Curve(c["title"], c["step"], {int(point.pop(c["step"])): Estimate(**point) for point in c["points"]})
+            for c in content
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} has not the form of curves.json: {error!r}.") from error
+
+
 def load_run(folder: Path | str) -> Run:
     """A results folder with its summary, rows and plots. Raises UserError where one of them is missing or broken."""
     folder = Path(folder)
-    return Run(folder, read_summary(folder), read_rows(folder / "samples.jsonl"), read_plots(folder))
+    return Run(
+        folder, read_summary(folder), read_rows(folder / "samples.jsonl"), read_plots(folder), read_curves(folder)
+    )
 
 
 def find_runs(places: Sequence[Path | str]) -> list[Run]:

@@ -15,6 +15,7 @@ from persona.errors import UserError
 from persona.evaluation.episodes import Cast, Trivial
 from persona.evaluation.judges.judging import ScriptedJudge, random_judge
 from persona.evaluation.judges.oracle import OracleJudge
+from persona.evaluation.results import read_curves
 from persona.lm.edits import Edit, edited
 from persona.lm.residual import Site
 from persona.personalizer import LanguageModel, Personalizer
@@ -74,10 +75,10 @@ def test_who_speaks_turn_by_turn(tmp_path):
     assert values(summary) == pytest.approx({"away": 16 / 48, "away last": 0.5, "unjudged": 0} | {})
     assert summary.primary == "away" and {e.n_clusters for e in summary.estimates.values()} == {2}
     built.write_artifacts(rows, tmp_path)
-    domains = json.loads((tmp_path / "turns.json").read_text())["domains"]
-    assert [point["value"] for point in domains["role play"]["away"]] == [0, 0, 1, 1, 1, 1]
-    assert [point["value"] for point in domains["all"]["away"]] == [0, 0, 0.5, 0.5, 0.5, 0.5]
-    assert [point["turn"] for point in domains["chat"]["away"]] == [1, 2, 3, 4, 5, 6]
+    curves = {curve.title: curve.points for curve in read_curves(tmp_path)}
+    assert [point.value for point in curves["away in role play"].values()] == [0, 0, 1, 1, 1, 1]
+    assert [point.value for point in curves["away"].values()] == [0, 0, 0.5, 0.5, 0.5, 0.5]
+    assert list(curves["away in chat"]) == [1, 2, 3, 4, 5, 6] and len(curves) == 3
     assert turns(rows, "away", 5) == {}  # four conversations reach each turn
     assert [m["role"] for m in rows[0].transcript] == ["user", "assistant"] * 6
 

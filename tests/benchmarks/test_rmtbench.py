@@ -12,6 +12,7 @@ from persona.errors import UserError
 from persona.evaluation.episodes import Cast, Trivial, Unscored
 from persona.evaluation.judges.judging import ScriptedJudge, random_judge
 from persona.evaluation.judges.parsing import Unreadable
+from persona.evaluation.results import read_curves
 from persona.types import Message, Response
 
 COMMON = {"card", "dialogue", "message", "reply"}
@@ -364,9 +365,8 @@ def test_rounds_are_means_over_dialogues_and_preferences_stay_out(tmp_path):
         1: (pytest.approx(200 / 3), 3), 2: (pytest.approx(50), 2), 3: (pytest.approx(100), 1),
     }  # fmt: skip
     benchmark.write_artifacts(rows, tmp_path)
-    written = json.loads((tmp_path / "rounds.json").read_text())
-    assert set(written) == {"all", "character_maintenance"} and written["all"] == written["character_maintenance"]
-    assert [point["round"] for point in written["all"]] == [1, 2, 3] and written["all"][1]["value"] == 50
+    written = {curve.title: curve.points for curve in read_curves(tmp_path)}
+    assert written == {"score": curve, "score in character_maintenance": curve}
 
 
 # ---- trivial answers, real models ----------------------------------------------------------------------------------

@@ -10,16 +10,21 @@ from jsonschema import Draft202012Validator
 from persona.errors import UserError
 from persona.evaluation.comparison import compare, differing, flatten
 from persona.evaluation.episodes import run_benchmark
+from persona.evaluation.report import charts
+from persona.evaluation.report.sections import curves
 from persona.evaluation.results import (
     FORMAT_VERSION,
+    Curve,
     Estimate,
     Plots,
     Summary,
     find_runs,
     load_run,
+    read_curves,
     read_plots,
     read_summary,
     summarize,
+    write_curves,
     write_plots,
     write_summary,
 )
@@ -46,6 +51,21 @@ def test_summary_and_plots_survive_the_disk(folder, tmp_path):
     write_plots(tmp_path, toy_plots())
     assert read_plots(tmp_path) == toy_plots()
     assert read_plots(folder) == Plots()
+
+
+def test_curves_are_kept_and_drawn(folder, tmp_path):
+    points = {at: Estimate(1.0 / at, 0.1, 1.2, 12, 4) for at in (1, 2, 11)}
+    write_curves(tmp_path, [Curve("away", "turn", points), Curve("never", "turn", {})])
+    assert read_curves(tmp_path) == (Curve("away", "turn", points),) and read_curves(folder) == ()
+    runs = [run for run in find_runs([folder]) if run.summary.benchmark == "ratings"]
+    looks = charts.looks([run.summary.stack for run in runs])
+    with_one = [replace(runs[0], curves=read_curves(tmp_path)), *runs[1:]]
+    ((title, plot),) = curves(with_one, looks)
+    assert title == "away" and plot.count("n = 12") == 3 and ">11</text>" in plot and "away by turn" in plot
+    assert curves(runs, looks) == []
+    (tmp_path / "curves.json").write_text('[{"title": "away"}]')
+    with pytest.raises(UserError, match="curves.json has not the form of curves.json: KeyError"):
+        read_curves(tmp_path)
 
 
 def test_broken_files_are_named(folder, tmp_path):

@@ -81,7 +81,7 @@ class JudgePart:
 class BenchmarkPart:
     """A benchmark's section. `primary` is None where no run has a value of the primary metric; `without` are the
     metrics that no run has a value of; `cut` says (stack, role, samples, of how many, tokens) where prompts did not
-    fit the positions of a role's model."""
+    fit the positions of a role's model; `curves` are a title and a plot each."""
 
     name: str
     version: str
@@ -95,6 +95,7 @@ class BenchmarkPart:
     reasons: list[tuple[str, list[tuple[str, int]], int]]
     cut: list[tuple[str, str, int, int, int]]
     breakdowns: list[Breakdown]
+    curves: list[tuple[str, Markup]]
     judges: list[JudgePart]
     agreement: dict[str, Agreement]
     usage: list[tuple[str, str, dict[str, float]]]
@@ -139,6 +140,7 @@ def benchmark_part(
             for role, lost in run.summary.cut.items()
         ],
         breakdowns=breakdowns(runs),
+        curves=curves(runs, looks),
         judges=judge_parts(runs),
         agreement=agreement(runs),
         usage=[
@@ -255,6 +257,21 @@ def breakdowns(runs: Sequence[Run]) -> list[Breakdown]:
             ]
             table.append((value, cells))
         result.append(Breakdown(key, table, len(counts) - len(kept)))
+    return result
+
+
+def curves(runs: Sequence[Run], looks: Mapping[str, charts.Look]) -> list[tuple[str, Markup]]:
+    """The runs' curves of one title in one plot, over all steps that any of them has."""
+    result = []
+    for title, step in dict.fromkeys((curve.title, curve.step) for run in runs for curve in run.curves):
+        found = [next((c.points for c in run.curves if c.title == title), {}) for run in runs]
+        steps = sorted({at for points in found for at in points})
+        series = [
+            charts.Series(index, run.summary.stack, looks[run.summary.stack], [points.get(at) for at in steps])
+            for index, (run, points) in enumerate(zip(runs, found, strict=True))
+        ]
+        if charts.spread([entry for one in series for entry in one.estimates if entry is not None]):
+            result.append((title, charts.lines([str(at) for at in steps], series, f"{title} by {step}")))
     return result
 
 
