@@ -60,7 +60,7 @@ def _places() -> list[tuple[float, float, float]]:
 
 
 def token_heatmap(
-    axes: Axes, rows: Sequence[tuple[str, Sequence[str], np.ndarray]], scale: Normalize, width: int = 72
+    axes: Axes, rows: Sequence[tuple[str, Sequence[str], np.ndarray]], scale: Normalize, width: int = 84
 ) -> None:
     """Text whose tokens are coloured by their values: rows (label, tokens, values [tokens]), from top to bottom.
 
