@@ -26,6 +26,8 @@ BENCHMARKS = {
     "eq_bench": "persona.benchmarks.eq_bench",
     "tombench": "persona.benchmarks.tombench",
     "big_five_inventory": "persona.benchmarks.big_five_inventory",
+    "counselling": "persona.benchmarks.counselling",
+    "review_reply": "persona.benchmarks.review_reply",
     "apc": "persona.benchmarks.apc",
     "character": "persona.benchmarks.character",
     "coherence": "persona.benchmarks.coherence",

@@ -49,8 +49,8 @@ class Item:
 def read_items(path: Path) -> list[Item]:
     """The items of a file, one {id, text, trait, reverse} a line.
 
-    Raises UserError naming the line for a missing field, an id that is there twice, a trait that is none of O, C, E, A,
-    N, and a `reverse` that is neither true nor false.
+    Raises UserError naming the line for a missing field, an id that is there twice, a trait that is none of O, C, E,
+    A, N, and a `reverse` that is neither true nor false.
     """
     items: dict[str, Item] = {}
     for number, row, _ in read_jsonl(path):

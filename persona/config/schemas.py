@@ -20,6 +20,7 @@ from persona.benchmarks.base_prefills import BasePrefillsConfig
 from persona.benchmarks.big_five_inventory import BigFiveInventoryConfig
 from persona.benchmarks.character import CharacterConfig, QuestionsConfig
 from persona.benchmarks.coherence import CoherenceConfig
+from persona.benchmarks.counselling import CounsellingConfig
 from persona.benchmarks.drift import DriftConfig
 from persona.benchmarks.drift_harm import DriftHarmConfig
 from persona.benchmarks.emobench import LANGUAGES, EmoBenchConfig
@@ -33,6 +34,7 @@ from persona.benchmarks.personafeedback import PersonaFeedbackConfig
 from persona.benchmarks.personagym import PersonaGymConfig
 from persona.benchmarks.personamem import PersonaMemConfig
 from persona.benchmarks.revealed_preferences import RevealedPreferencesConfig
+from persona.benchmarks.review_reply import ReviewReplyConfig
 from persona.benchmarks.rmtbench import RMTBenchConfig
 from persona.benchmarks.role_susceptibility import AxisConfig, RoleSusceptibilityConfig
 from persona.benchmarks.tombench import ToMBenchConfig
@@ -160,6 +162,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_big_five_inventory": BigFiveInventoryConfig,
         "base_character": CharacterConfig,
         "base_coherence": CoherenceConfig,
+        "base_counselling": CounsellingConfig,
         "base_emobench": EmoBenchConfig,
         "base_drift": DriftConfig,
         "base_eq_bench": EQBenchConfig,
@@ -172,6 +175,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "base_personagym": PersonaGymConfig,
         "base_personamem": PersonaMemConfig,
         "base_revealed_preferences": RevealedPreferencesConfig,
+        "base_review_reply": ReviewReplyConfig,
         "base_rmtbench": RMTBenchConfig,
         "base_role_susceptibility": RoleSusceptibilityConfig,
         "base_tombench": ToMBenchConfig,
@@ -207,6 +211,8 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     FileBenchmarkConfig: {"compat": (None, "reference")},
     EmoBenchConfig: {"language": LANGUAGES, "mode": CHOICE_MODES},
     ToMBenchConfig: {"language": LANGUAGES, "mode": CHOICE_MODES},
+    CounsellingConfig: {"compat": (None,)},
+    ReviewReplyConfig: {"compat": (None,)},
     BigFiveInventoryConfig: {"mode": CHOICE_MODES, "compat": (None,)},
     PersoBenchConfig: {"mode": ("vanilla", "cot")},
     PersonaEvalConfig: {"mode": ("text", "likelihood")},
