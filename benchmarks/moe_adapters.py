@@ -8,7 +8,8 @@ E·r; both with X-LoRA over the same experts (with its own top-k), trained as we
 is forward, backward and AdamW over all experts; a reply is greedy, all of one length. The gates are given here; what
 the router takes for the batch's queries, with the base LM as its encoder, stands beside it. X-LoRA has its own gate in
 its figures: it runs the LM twice, and cannot use the cache. All sides run in turns over the same tokens; seconds are
-medians, ratios medians of the turns' own with 95 % bootstrap intervals.
+medians, on a CPU of the process's own CPU time, so that a machine that is busy with other things does not count;
+ratios are medians of the turns' own with 95 % bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -103,6 +104,13 @@ def replying(model: nn.Module, ids: Tensor, new: int, gated=None) -> Callable[[]
     return reply
 
 
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
 def race(sides: Sides, turns: int, advance: Callable[[], None]) -> dict[str, list[float]]:
     """Seconds of each side by turn; the order changes from turn to turn, and a first one does not count."""
     spent: dict[str, list[float]] = {name: [] for name in sides}
@@ -110,9 +118,9 @@ def race(sides: Sides, turns: int, advance: Callable[[], None]) -> dict[str, lis
     for turn in range(turns + 1):
         for place in range(len(names)):
             name = names[(place + turn) % len(names)]
-            start = time.perf_counter()
+            start = clock()
             sides[name]()
-            spent[name].append(time.perf_counter() - start)
+            spent[name].append(clock() - start)
         advance()
     return {name: seconds[1:] for name, seconds in spent.items()}
 
@@ -175,9 +183,9 @@ def router_seconds(base: BaseLM, given: argparse.Namespace) -> float:
     seconds = []
     with torch.no_grad():
         for _ in range(given.turns + 1):
-            start = time.perf_counter()
+            start = clock()
             router(**tokens)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
     return median(seconds[1:])
 
 
