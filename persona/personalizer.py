@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -193,6 +194,10 @@ class LanguageModel:
         """How many decoder blocks the base LM has, and the width of its residual stream."""
         return len(residual.blocks(self.base.model)), residual.stream_size(self.base.model)
 
+    @cached_property
+    def _bare(self) -> LanguageModel:
+        return LanguageModel(self.base, (), self.batch_size, self.max_length) if self.personalizers else self
+
     def reply_means(
         self, requests: Sequence[Request], replies: Sequence[str], layers: Sequence[int], untouched: bool = False
     ) -> list[np.ndarray]:
@@ -202,7 +207,7 @@ class LanguageModel:
         open as when a reply is written, so edits are seen. With `untouched` the bare base LM reads the same messages.
         Raises UserError for a layer that there is not.
         """
-        model = LanguageModel(self.base, (), self.batch_size, self.max_length) if untouched else self
+        model = self._bare if untouched else self
         asked = zip(requests, replies, strict=True)
         spoken = [reply_tokens(self.base, request.messages, reply) for request, reply in asked]
         rows = model.rows(requests, [len(ids) for ids, _ in spoken])

@@ -125,7 +125,13 @@ def test_every_experiment_starts(places, tmp_path, name, capsys):
             folder = train(load_config("train", [f"experiment={name}", *few, f"stage={stage}"]))
             assert (folder / "records" / f"{stage}.json").is_file()
     elif cfg.data.name == "town_situations":
-        more = ["debug=tiny", f"output={tmp_path}", "model.device=cpu", "trainer.cpu=true", f"model.path={places['lm']}"]
+        more = [
+            "debug=tiny",
+            f"output={tmp_path}",
+            "model.device=cpu",
+            "trainer.cpu=true",
+            f"model.path={places['lm']}",
+        ]
         more += [f"method.router.path={places['lm']}"] if cfg.method.name == "persona_fuse" else []
         few = ["data=town_situations", "data.limit=null", "data.train=60", "data.dev=4", "data.test=6"]
         personalizer = train(load_config("train", [f"experiment={name}", *more, *few]))

@@ -126,12 +126,14 @@ class Axis:
                 f"the axis has {list(self.directions.shape)} layers and dimensions, and the base LM "
                 f"{list(model.stream)}: it was made of another model"
             )
-        request = Request(said)
-        means = await asyncio.gather(
-            *(model.reply_means(request, reply, (self.layer,), bare) for bare in (False, True))
-        )
-        along, bare = (float(project(mean[0], self.directions[self.layer])) for mean in means)
-        return along, bare
+
+        async def along(untouched: bool) -> float:
+            (mean,) = await model.reply_means(Request(said), reply, (self.layer,), untouched)
+            return float(project(mean, self.directions[self.layer]))
+
+        readers = (False, True) if model.personalized else (False,)  # a bare base LM is read once
+        found = await asyncio.gather(*map(along, readers))
+        return found[0], found[-1]
 
 
 # ---- conversations -------------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ class LanguageModel(Protocol):
 
     def loglikelihood(self, requests: Sequence[Request], targets: Sequence[str]) -> list[tuple[float, int]]: ...
 
+    personalizers: Sequence[Any]
+
     @property
     def stream(self) -> tuple[int, int]: ...
 
@@ -92,6 +94,11 @@ class AsyncModel:
     def stream(self) -> tuple[int, int]:
         """Decoder blocks, and width of the residual stream; only local models have them."""
         return self._model.stream
+
+    @property
+    def personalized(self) -> bool:
+        """Whether the model is anything but a bare base LM."""
+        return bool(self._model.personalizers)
 
     async def reply_means(
         self, request: Request, reply: str, layers: tuple[int, ...], untouched: bool = False

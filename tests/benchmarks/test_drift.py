@@ -172,7 +172,7 @@ def test_the_personalized_model_reads_with_its_doors_open_and_the_base_without(t
     assert moved == pytest.approx(2 * np.linalg.norm(axis[1]), rel=1e-3)  # at the last layer, along the axis
     assert abs(told[0].values["projection"] - plain[0].values["projection"]) > 1e-3  # the system prompt is read
     assert shifted[0].values["base projection"] == pytest.approx(plain[0].values["projection"], abs=1e-4)
-    assert plain[0].values["base projection"] == pytest.approx(plain[0].values["projection"], abs=1e-4)
+    assert plain[0].values["base projection"] == plain[0].values["projection"]
     assert not any(module._forward_hooks for module in llama.model.modules())
 
 

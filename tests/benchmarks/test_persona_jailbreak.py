@@ -125,7 +125,7 @@ PARTS = [
 class Reads(Stated):
     """A stated model that reads every reply as its number of letters, along the axis's direction."""
 
-    stream = (1, 2)
+    stream, personalizers = (1, 2), ["something"]
 
     def reply_means(self, requests, replies, layers, untouched=False):
         return [np.array([[len(reply) + 100 * untouched, 0]], dtype=np.float32) for reply in replies]
