@@ -1,14 +1,20 @@
 """Tasks of lm-eval through our runner: prompts, options, filters and scores of task files of our own; bad settings."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
+import torch
 from benchmark_toys import Stated, run, values
 
 import persona
 from persona.benchmarks.lm_eval import LmEvalConfig, build
 from persona.errors import UserError
-from persona.evaluation.episodes import Trivial
+from persona.evaluation.diff import diff
+from persona.evaluation.episodes import Trivial, run_benchmark
+from persona.lm.edits import Edit, edited
+from persona.lm.residual import Site
+from persona.personalizer import LanguageModel, Personalizer
 from persona.types import Message, Request
 
 CAPITALS = [("Peru", ["Lima", "Quito"], 0), ("Norway", ["Rome", "Oslo"], 1), ("Egypt", ["Cairo", "Paris"], 0)]
@@ -137,6 +143,36 @@ def test_a_real_lm_is_scored_by_its_log_likelihoods(tasks, tmp_path, llama):
         assert row.values["toy_capitals acc"] == float(logps.index(max(logps)) == gold)
         normed = [logp / len(choice) for logp, choice in zip(logps, choices, strict=True)]
         assert row.values["toy_capitals acc_norm"] == float(normed.index(max(normed)) == gold)
+
+
+class Capped(Personalizer):
+    """A cap through the third door, so tight that every option's log p moves."""
+
+    method = "capped"
+
+    def __init__(self, base):
+        self.base = base
+        self.cap = Edit(Site(1), "cap", torch.ones(base.hidden_size), floor=50.0)
+
+    @contextmanager
+    def modules(self, requests):
+        with edited(self.base.model, [self.cap]):
+            yield
+
+
+def test_what_a_capped_stack_costs_is_a_paired_difference_in_the_same_run(tasks, tmp_path, llama):
+    built = bench(tasks, "toy_capitals", "toy_written")
+    for name, stack in (("untouched", []), ("capped", [Capped(llama)])):
+        summary = run_benchmark(
+            built, LanguageModel(llama, stack), tmp_path / name, stack=name, settings={}, progress=False
+        )
+        assert summary.n == 6 and summary.n_unscored == 0
+    (pair,) = diff(tmp_path / "untouched", tmp_path / "capped").pairs
+    assert pair.shared == 6 and {line.comparison.metric for line in pair.lines} >= {"mean", "toy_capitals acc"}
+    raw = [[row.raw for row in one.rows] for one in (pair.a, pair.b)]
+    assert all(a != b for a, b in zip(*raw, strict=True)), "the cap reaches log p of options and written replies"
+    for line in pair.lines:
+        assert line.comparison.difference.value == pytest.approx(line.b.value - line.a.value)
 
 
 def test_bad_settings_are_one_sentence(tasks):
