@@ -198,7 +198,10 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
         "reward": ("discriminators", "judge"),
     },
     AssistantAxisConfig: {"compat": (None, "reference")},
-    CalibrationConfig: {"quantile_direction": ("negated", "axis")},
+    CalibrationConfig: {
+        "quantile_direction": ("negated", "axis"),
+        "positions": ("all", "prompt", "response", "last"),
+    },
     CharacterMethodConfig: {"compat": (None, "reference"), "merge": MODES},
     FinetuneConfig: {"mode": ("lora", "full", "user_lora"), "split": ("train", "dev", "test")},
     JointConfig: {"objective": OBJECTIVES},

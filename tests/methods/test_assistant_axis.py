@@ -330,7 +330,9 @@ def test_the_search_weighs_harm_against_cost():
     assert choose(tried, CalibrationConfig(max_loss=0.05))["layers"] == "2:3"
     with pytest.raises(UserError, match="every cap that was tried costs the plain assistant 0.01 nats"):
         choose(tried, CalibrationConfig(max_loss=0.001))
-    assert take_over([0, 1, 2, 3]) == 0.5
+    assert take_over([0, 1, 2, 3]) == 0.5 and take_over([0, 1, None, 1]) == 0.25
+    with pytest.raises(UserError, match="no rollout of the dev split has a readable verdict"):
+        take_over([None])
 
 
 # ---- the personalizer ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ class CalibrationConfig:
     `layers`: a band with its end excluded, "46:54"; null takes the share of the depth that was best in Qwen3-32B.
     `quantile` of the rollouts' projections, counted on the `quantile_direction`: "negated" as published, where .25 is
     the 75th percentile on the axis itself, or "axis". `raised` lifts the floors further, in lengths of the axis.
+    `positions`: all as published, or those of the prompt, the response, or the last ones (persona/lm/edits.py).
     `widths`: where there are any, bands of these widths, a middle at every `every`-th layer, with each of `quantiles`
     and `raises` are tried on the data's dev split. The cap is the one that leaves least role take-over among those
     whose loss of log-likelihood (nats per token of the plain assistant's own replies) is at most `max_loss`.
@@ -21,6 +22,7 @@ class CalibrationConfig:
     quantile: float = 0.25
     quantile_direction: str = "negated"
     raised: float = 0.0
+    positions: str = "all"
     widths: list[int] = field(default_factory=list)
     every: int = 2
     quantiles: list[float] = field(default_factory=lambda: [0.01, 0.25, 0.5, 0.75])

@@ -257,7 +257,8 @@ class Axis:
         tensors = load_file(folder / "axis" / FILE) | {"percentiles": np.stack(percents).astype(np.float32)}
         band = band_of(c.layers, self._depth())
         chosen = {"layers": f"{band.start}:{band.stop}", "quantile": c.quantile,
-                  "quantile_direction": c.quantile_direction, "raised": c.raised}  # fmt: skip
+                  "quantile_direction": c.quantile_direction, "raised": c.raised,
+                  "positions": c.positions}  # fmt: skip
         tried = self._search(folder, tensors) if c.widths else []
         if tried:
             chosen |= {key: choose(tried, c)[key] for key in ("layers", "quantile", "raised")}
@@ -310,15 +311,15 @@ class Axis:
                             processes=self.processes)  # fmt: skip
 
         def measure(model: LanguageModel, name: str) -> tuple[float, float]:
-            scored = [row["score"] for row in rows(roles, model, name) if "score" in row]
-            return take_over(scored), nats_per_token(model, own)
+            return take_over([row.get("score") for row in rows(roles, model, name)]), nats_per_token(model, own)
 
         own = [row for row in rows(plain, self.under, "plain") if row.get("reply", "").strip()]
         untouched = measure(self.under, "untouched")
 
         def capped(band: calibration.Band, raised: float) -> tuple[float, float]:
             settings = settings_of({"layers": f"{band.start}:{band.stop}", "quantile": band.quantile, "raised": raised,
-                                    "quantile_direction": c.calibration.quantile_direction})  # fmt: skip
+                                    "quantile_direction": c.calibration.quantile_direction,
+                                    "positions": c.calibration.positions})  # fmt: skip
             cap = AssistantAxis(self.under.base, _tensors(tensors), settings)
             return measure(
                 LanguageModel(self.under.base, [*self.under.personalizers, cap], self.under.batch_size),

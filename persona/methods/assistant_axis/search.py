@@ -1,6 +1,7 @@
 """Which cap: bands of layers and quantiles tried on the dev split, by what they prevent and what they cost.
 
-Harm is role take-over: the share of rollouts of held-out roles that the judge scores somewhat or fully in the role.
+Harm is role take-over: the share of rollouts of held-out roles that the judge scores somewhat or fully in the role, or
+cannot read: an LM that is capped until it talks nonsense has not come back to its assistant.
 Cost is what the plain assistant's own replies lose, in nats per token, when the capped LM is to say them. Both can be
 measured of any LM; benchmarks of one's own say more (docs/assistant_axis.md).
 """
@@ -10,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from persona.errors import UserError
 from persona.methods.assistant_axis.axis import SOMEWHAT
 from persona.methods.assistant_axis.calibration import Band, pareto_front
@@ -20,11 +19,12 @@ from persona.personalizer import LanguageModel
 from persona.types import Message, Request
 
 
-def take_over(scores: Sequence[float]) -> float:
-    """Share of scored rollouts that are somewhat or fully in the role. Raises UserError without any."""
-    if not len(scores):
+def take_over(scores: Sequence[float | None]) -> float:
+    """Share of rollouts that are somewhat or fully in the role, or have no score (None). Raises UserError without any
+    score at all."""
+    if not any(score is not None for score in scores):
         raise UserError("a cap is searched by role take-over, but no rollout of the dev split has a readable verdict")
-    return float((np.asarray(scores) >= SOMEWHAT).mean())
+    return sum(score is None or score >= SOMEWHAT for score in scores) / len(scores)
 
 
 def nats_per_token(model: LanguageModel, rows: Sequence[Mapping[str, Any]]) -> float:

@@ -1,0 +1,259 @@
+"""What the Assistant Axis does in the town, on roles and questions that it was not made of, with intervals.
+
+    python benchmarks/town_axis.py outputs/town_assistant_axis --character outputs/town_character/personalizer
+
+- separates: AUC of the axis between replies of the plain assistant and of held-out roles, layer by layer;
+- steers: the share of a role's idiom in replies to somebody who mentioned the role, by strength, along the axis,
+  random directions and directions orthogonal to it, of the same length;
+- caps: role take-over under role prompts, where a role is mentioned, and further on in such conversations, without
+  and with the cap; and what the town's plain tasks lose;
+- stacks: the same under a character's adapter, and how much of the character is left.
+
+Intervals are 95 %, bootstrapped over the held-out roles (tasks: over questions). Replies are greedy, read by the
+oracle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+import persona
+from persona import data, lm
+from persona.benchmarks.town_tasks import TownTasks, TownTasksConfig, gives
+from persona.evaluation.generation import seed_of
+from persona.evaluation.statistics import Metric, difference, estimate
+from persona.lm.residual import Site, span_means
+from persona.metrics.projection import project
+from persona.personalizer import LanguageModel
+from persona.town import lexicon as lx
+from persona.town import oracle
+from persona.town.residents import PLAIN_WORDS, small_talk
+from persona.types import Conversation, Message, Request, Sample, Sampling
+
+MEAN = Metric()
+STRENGTHS = (-0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3, 0.4)
+
+
+def told(value: Any) -> str:
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}] (n {value.n}, {value.n_clusters} clusters)"
+
+
+def mean(values: Sequence[float], clusters: Sequence[str]) -> Any:
+    return estimate([{"x": value} for value in values], clusters, "x", MEAN)
+
+
+def paired(first: Sequence[float], second: Sequence[float], clusters: Sequence[str]) -> Any:
+    return difference([{"x": x} for x in first], [{"x": x} for x in second], clusters, "x", MEAN)
+
+
+def ask(model: LanguageModel, conversations: Sequence[Conversation]) -> list[str]:
+    return [reply.text for reply in model.respond([Request(c, sampling=Sampling(40)) for c in conversations])]
+
+
+# ---- what is asked -------------------------------------------------------------------------------------------------
+
+
+def talk(rng: random.Random) -> tuple[str, str]:
+    return small_talk(rng.randrange(len(lx.SMALL_TALK)), rng.choice(lx.TOPICS), PLAIN_WORDS)
+
+
+def drifting(roles: Sequence[str], each: int, seed: int) -> Iterator[tuple[str, str, Conversation]]:
+    """(situation, role, conversation): the role is mentioned, then imagined, then to be stayed in; replies before the
+    last question are those that the town's documents have there."""
+    for role in roles:
+        for number in range(each):
+            rng = random.Random(seed_of(seed, role, number))
+            opener = rng.choice(lx.ROLES[role][0])
+            closer = rng.choice(lx.PLAIN_CLOSERS)
+            turns = [Message("user", rng.choice(lx.MENTIONS).format(r=role)),
+                     Message("assistant", f"certainly , {lx.MENTION_REPLY.format(r=role)} {closer}")]  # fmt: skip
+            question, answer = talk(rng)
+            yield "mentioned", role, (*turns, Message("user", question))
+            imagined = Message("user", f"{rng.choice(lx.IMAGINE).format(r=role)} {question}")
+            yield "imagined", role, (*turns, imagined)
+            half = Message("assistant", f"{opener} {answer} {closer}")
+            yield "stayed in", role, (*turns, imagined, half, Message("user", f"{rng.choice(lx.STAY)} {talk(rng)[0]}"))
+
+
+def prompted(samples: Sequence[Sample]) -> Iterator[tuple[str, str, Conversation]]:
+    for sample in samples:
+        assert sample.persona is not None
+        if sample.metadata["kind"] == "role":
+            yield "system prompt", sample.persona.id, sample.messages
+
+
+# ---- claims --------------------------------------------------------------------------------------------------------
+
+
+def auc(high: np.ndarray, low: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Chance that one of `high` lies above one of `low`, ties half; `weights` of the low ones."""
+    above = (high[:, None] > low[None]) + 0.5 * (high[:, None] == low[None])
+    return float(np.average(above.mean(axis=0), weights=weights))
+
+
+def separates(base: Any, axis: np.ndarray, samples: Sequence[Sample]) -> dict[str, Any]:
+    plain = LanguageModel(base)
+    replies = ask(plain, [sample.messages for sample in samples])
+    said = [(*s.messages, Message("assistant", reply)) for s, reply in zip(samples, replies, strict=True)]
+    along = np.zeros((len(samples), len(axis)))
+    for place, turns in span_means(base, said, [Site(layer) for layer in range(len(axis))]):
+        along[place] = project(turns.mean(dim=0).numpy(), axis)
+    kinds = np.array([s.metadata["kind"] for s in samples])
+    roles = np.array([s.persona.id for s in samples if s.persona is not None])
+    names, index = np.unique(roles[kinds == "role"], return_inverse=True)
+    rng, found = np.random.default_rng(0), {}
+    for layer in range(len(axis)):
+        default, others = along[kinds == "default", layer], along[kinds == "role", layer]
+        draws = []
+        for _ in range(1000):
+            weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[index]
+            draws.append(auc(rng.choice(default, len(default)), others, weights))
+        low, high = np.quantile(draws, [0.025, 0.975])
+        found[f"layer {layer}"] = f"{auc(default, others):.3f} [{low:.3f}, {high:.3f}]"
+    return {"auc": found, "n": {"default": int((kinds == "default").sum()), "roles": int((kinds == "role").sum())}}
+
+
+def shares(model: LanguageModel, asked: Sequence[tuple[str, str, Conversation]]) -> list[float | None]:
+    """The share of a reply's markers that are the role's; None for one that cannot be read."""
+    replies = ask(model, [conversation for _, _, conversation in asked])
+    return [oracle.role_share(reply, role) for reply, (_, role, _) in zip(replies, asked, strict=True)]
+
+
+def steers(
+    base: Any, folder: str, layers: str, asked: Sequence[tuple[str, str, Conversation]], seeds: int
+) -> dict[str, Any]:
+    """Slope of the role's share on the strength, among readable replies, and the share and what is unreadable by
+    strength."""
+    found: dict[str, Any] = {}
+    clusters = [role for _, role, _ in asked]
+    controls = [(kind, seed) for kind in ("random", "orthogonal") for seed in range(seeds)]
+    for kind, seed in [("axis", 0), *controls]:
+        table: dict[float, list[float | None]] = {}
+        for strength in STRENGTHS:
+            settings = {
+                "axis": folder,
+                "mode": "steer",
+                "layers": layers,
+                "strength": strength,
+                "direction": kind,
+                "seed": seed,
+            }
+            table[strength] = shares(persona.load(base, [{"assistant_axis": settings}]), asked)
+        by_role = {
+            role: _slope(table, [i for i, c in enumerate(clusters) if c == role]) for role in dict.fromkeys(clusters)
+        }
+        slope = mean(list(by_role.values()), list(by_role))
+        shown = {}
+        for strength, row in table.items():
+            read = [share for share in row if share is not None]
+            shown[f"{strength:g}"] = f"{np.mean(read):.3f} ({len(row) - len(read)} of {len(row)} unreadable)"
+        found[f"{kind} {seed}" if kind != "axis" else kind] = {"slope": told(slope), "share": shown}
+    return found
+
+
+def _slope(table: dict[float, list[float | None]], places: list[int]) -> float:
+    points = [(strength, row[i]) for strength, row in table.items() for i in places if row[i] is not None]
+    return float(np.polyfit([p[0] for p in points], [p[1] for p in points], 1)[0])
+
+
+def taken_over(reply: str, role: str) -> float:
+    """1 where the role's idiom shows or nothing can be read: only a readable reply without it is the assistant's."""
+    share = oracle.role_share(reply, role)
+    return float(share is None or share > 0)
+
+
+def compare(
+    without: LanguageModel, capped: LanguageModel, asked: Sequence[tuple[str, str, Conversation]]
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for situation in dict.fromkeys(kind for kind, _, _ in asked):
+        own = [(role, conversation) for kind, role, conversation in asked if kind == situation]
+        clusters = [role for role, _ in own]
+        values, unread = [], []
+        for model in (without, capped):
+            replies = ask(model, [conversation for _, conversation in own])
+            values.append([taken_over(reply, role) for reply, (role, _) in zip(replies, own, strict=True)])
+            unread.append(sum(not oracle.readable(reply) for reply in replies))
+        apart = paired(values[1], values[0], clusters)
+        found[situation] = {"without": told(mean(values[0], clusters)), "capped": told(mean(values[1], clusters)),
+                            "difference": f"{told(apart)} p {apart.p:.4f}", "unreadable": unread}  # fmt: skip
+    return found
+
+
+def tasks(models: Sequence[LanguageModel]) -> dict[str, Any]:
+    samples = TownTasks(TownTasksConfig()).samples()
+    names = [sample.id for sample in samples]
+    values = []
+    for model in models:
+        replies = ask(model, [sample.messages for sample in samples])
+        values.append([float(gives(reply, sample.target)) for reply, sample in zip(replies, samples, strict=True)])
+    apart = paired(values[1], values[0], names)
+    return {"without": told(mean(values[0], names)), "capped": told(mean(values[1], names)),
+            "difference": f"{told(apart)} p {apart.p:.4f}"}  # fmt: skip
+
+
+def character(models: Sequence[LanguageModel], questions: Sequence[str], traits: set[str]) -> dict[str, Any]:
+    """Share of replies to plain questions that show one of the character's traits and no other."""
+    values = []
+    for model in models:
+        replies = ask(model, [(Message("user", question),) for question in questions])
+        shown = [oracle.character_traits(reply) for reply in replies]
+        values.append([float(bool(found) and found <= traits) for found in shown])
+    apart = paired(values[1], values[0], questions)
+    return {"without": told(mean(values[0], questions)), "capped": told(mean(values[1], questions)),
+            "difference": f"{told(apart)} p {apart.p:.4f}"}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the output of train.py experiment=town_assistant_axis")
+    parser.add_argument("--character", help="a personalizer of method character, to be stacked below the cap")
+    parser.add_argument(
+        "--traits", nargs="+", default=["curious", "caring", "optimistic"], help="those of the character"
+    )
+    parser.add_argument("--steer", default="1:3", help="the layers that are steered")
+    parser.add_argument("--each", type=int, default=10, help="conversations per role and situation")
+    parser.add_argument("--controls", type=int, default=3, help="random and orthogonal directions, of each")
+    parser.add_argument("--only", nargs="*", default=["separates", "steers", "caps", "stacks"])
+    arguments = parser.parse_args()
+    cap = str(arguments.folder / "personalizer")
+    base = lm.load(lm.ModelConfig("town"))
+    people = data.load(data.TownRolesConfig())
+    roles = sorted(lx.HELD_OUT_ROLES)
+    asked = [*prompted(people.test[::2]), *drifting(roles, arguments.each, seed=1)]
+    plain, capped = LanguageModel(base), persona.load(base, [cap])
+
+    def show(name: str, claim: Callable[[], Any]) -> None:
+        print(json.dumps({name: claim()}, indent=1, ensure_ascii=False), flush=True)
+
+    print(json.dumps({"cap": capped.personalizers[0].config()}))
+    if "separates" in arguments.only:
+        axis = load_file(Path(cap) / "axis.safetensors")["axis"]
+        show("separates", lambda: separates(base, axis, people.test))
+    if "steers" in arguments.only:
+        mentioned = [one for one in asked if one[0] == "mentioned"]
+        show("steers", lambda: steers(base, cap, arguments.steer, mentioned, arguments.controls))
+    if "caps" in arguments.only:
+        show("caps", lambda: compare(plain, capped, asked))
+        show("engaged", lambda: {str(layer): share for layer, share in capped.personalizers[0].engaged.items()})
+        show("tasks", lambda: tasks((plain, capped)))
+    if "stacks" in arguments.only and arguments.character:
+        stacks = [persona.load(base, stack) for stack in ([arguments.character], [arguments.character, cap])]
+        questions = sorted(
+            {sample.messages[-1].content for sample in people.test} | {talk(random.Random(i))[0] for i in range(60)}
+        )
+        show("character left", lambda: character(stacks, questions, set(arguments.traits)))
+        show("character capped", lambda: compare(stacks[0], stacks[1], [one for one in asked if one[0] != "imagined"]))
+        show("character's tasks", lambda: tasks(stacks))
+
+
+if __name__ == "__main__":
+    main()
