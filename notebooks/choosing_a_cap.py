@@ -64,6 +64,9 @@ for direction, style in (("negated", "-"), ("axis", ":")):
     below = [f"{engaged(values, floor).mean():.0%}" for values in (roles, default)]
     panel.hlines((floor - zero) / (one - zero), layers - 0.4, layers + 0.4, color="black", linestyle=style,
                  label=f"{chosen['quantile']:g} of the {direction} ({below[0]}, {below[1]})")  # fmt: skip
+capped = [row for row in calibration["layers"] if "floor" in row]
+at = [row["layer"] for row in capped]
+panel.plot(at, ([row["floor"] for row in capped] - zero[at]) / (one - zero)[at], "kD", label="the chosen cap")
 panel.set(xlabel="layer", ylabel="projection (roles 0, assistant 1)", title="Rollouts along the axis, and floors")
 panel.set_xticks(layers, layers)
 panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

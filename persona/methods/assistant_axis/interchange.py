@@ -4,8 +4,8 @@
     python -m persona.methods.assistant_axis.interchange axis.safetensors axis.gguf --layers 46:54 --model qwen3
 
 Source: a folder in the hub layout, a .safetensors file, or a folder that holds axis.safetensors, such as
-`outputs/NAME/personalizer` and, with the vectors of roles and traits, `outputs/NAME/stages/axis`. Target, by its name:
-.gguf, .safetensors, or a folder in the hub layout, which must not exist yet.
+`outputs/NAME/personalizer`, which has a cap, or `outputs/NAME/stages/axis`, which has the vectors of roles and traits.
+Target, by its name: .gguf, .safetensors, or a folder in the hub layout, which must not exist yet.
 
 A hub folder (reference/assistant_axis 4) has assistant_axis.pt and default_vector.pt [L, H], role_vectors/*.pt and
 trait_vectors/*.pt of the same shape, and perhaps capping_config.pt. There a cap is a ceiling on the *negated* axis, in
@@ -32,6 +32,9 @@ from persona.errors import UserError
 from persona.files import atomic_folder, atomic_write
 from persona.lm.edits import Edit
 from persona.lm.residual import Site
+from persona.methods.assistant_axis.calibration import Band
+from persona.methods.assistant_axis.personalizer import band_of, floor_of, settings_of
+from persona.personalizer import read_manifest
 
 logger = logging.getLogger(__name__)
 PLAIN, VECTORS = "axis.safetensors", "vectors.safetensors"  # what the method's stages and personalizer call them
@@ -200,7 +203,8 @@ def read_plain(path: Path | str) -> AxisFile:
     """`axis` [L, H], and of the same shape `default`, `roles/<name>` and `traits/<name>` where they are there.
 
     Of a .safetensors file, or of a folder's axis.safetensors; then also of vectors.safetensors beside it, where roles
-    are `fully/<name>`. Other tensors are passed over. Raises UserError for files that cannot be read or do not fit.
+    are `fully/<name>`, and a personalizer's cap. Other tensors are passed over. Raises UserError for files that cannot
+    be read or do not fit.
     """
     path = Path(path)
     files = [path] if not path.is_dir() else [path / PLAIN, *filter(Path.exists, [path / VECTORS])]
@@ -221,7 +225,22 @@ def read_plain(path: Path | str) -> AxisFile:
             )
         if part in parts:
             parts[part][rest] = value.float()
-    return AxisFile(axis, tensors.get("default"), parts["roles"], parts["traits"])
+    caps = _own_cap(path, tensors) if (path / "personalizer.json").is_file() else {}
+    return AxisFile(axis, tensors.get("default"), parts["roles"], parts["traits"], caps)
+
+
+def _own_cap(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Cap]:
+    """The cap of a personalizer of this method, none where it steers. Its id counts quantiles as published ones do."""
+    settings = settings_of(read_manifest(folder)["config"])
+    if settings.mode != "cap":
+        return {}
+    if settings.positions != "all":
+        logger.warning("%s caps at the %s positions only, which other files do not say", folder, settings.positions)
+    layers = band_of(settings.layers, len(tensors["axis"]))
+    negated = settings.quantile if settings.quantile_direction == "negated" else 1 - settings.quantile
+    id = Band(layers.start, layers.stop, round(negated, 2)).id + f"-raised{settings.raised:g}" * bool(settings.raised)
+    floors = {layer: floor_of(tensors, settings, layer) for layer in layers}
+    return {id: Cap(id, {layer: tensors["axis"][layer].float() for layer in layers}, floors)}
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -96,6 +96,13 @@ def settings_of(config: dict[str, Any]) -> EditSettings:
     return found
 
 
+def floor_of(tensors: Mapping[str, Tensor], settings: EditSettings, layer: int) -> float:
+    """A cap's floor on the axis of a layer, in units of the residual stream."""
+    percent = round(settings.quantile * 100)
+    row = percent if settings.quantile_direction == "axis" else 100 - percent
+    return float(tensors["percentiles"][row, layer]) + settings.raised * float(tensors["axis"][layer].norm())
+
+
 class AssistantAxis(Personalizer):
     """The same edit for every request. `counts` has, per layer of a cap and over all forwards so far, how many states
     it was asked about and how many it moved."""
@@ -131,11 +138,7 @@ class AssistantAxis(Personalizer):
 
     def floor(self, layer: int) -> float:
         """Where the cap lies on the axis of a layer, in units of the residual stream."""
-        percent = round(self.settings.quantile * 100)
-        row = percent if self.settings.quantile_direction == "axis" else 100 - percent
-        return float(self.tensors["percentiles"][row, layer]) + self.settings.raised * float(
-            self.tensors["axis"][layer].norm()
-        )
+        return floor_of(self.tensors, self.settings, layer)
 
     @property
     def engaged(self) -> dict[int, float | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from persona.methods.assistant_axis.interchange import (
     write_hub,
     write_plain,
 )
+from persona.methods.assistant_axis.personalizer import AssistantAxis, EditSettings
+from persona.personalizer import save
 
 LAYERS, HIDDEN = 6, 5
 
@@ -125,6 +128,39 @@ def test_a_cap_that_was_written_and_read_acts_the_same(tmp_path: Path, llama: Ba
             logits.append(llama.model(input_ids=ids).logits)
     untouched, before, after = logits
     assert torch.equal(before, after) and not torch.equal(before, untouched)
+
+
+@pytest.mark.parametrize(
+    ("settings", "id"),
+    [
+        ({"layers": "0:2", "quantile": 0.25}, "layers_0:2-p0.25"),
+        ({"layers": "1:2", "quantile": 0.25, "quantile_direction": "axis"}, "layers_1:2-p0.75"),
+        ({"layers": "0:1", "quantile": 0.01, "raised": 0.5}, "layers_0:1-p0.01-raised0.5"),
+    ],
+)
+def test_the_cap_of_a_personalizer_is_published(
+    tmp_path: Path, llama: BaseLM, settings: dict[str, Any], id: str
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    axis = torch.randn(2, llama.hidden_size, generator=generator)
+    percentiles = torch.sort(20 + torch.randn(101, 2, generator=generator), dim=0).values
+    tensors = {"axis": axis, "norms": torch.ones(2), "percentiles": percentiles}
+    made = AssistantAxis(llama, tensors, EditSettings(**settings))
+    save(made, llama, tmp_path / "personalizer")
+    main([str(tmp_path / "personalizer"), str(tmp_path / "hub")])
+    cap = read_hub(tmp_path / "hub").caps[id]
+    ids = torch.arange(4, 24)[None]
+    logits = []
+    for context in (made.modules([]), edited(llama.model, cap.edits()), nullcontext()):
+        with torch.no_grad(), context:
+            logits.append(llama.model(input_ids=ids).logits)
+    assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+
+
+def test_a_personalizer_that_steers_has_no_cap(tmp_path: Path, llama: BaseLM) -> None:
+    tensors = {"axis": torch.ones(2, llama.hidden_size), "norms": torch.ones(2)}
+    save(AssistantAxis(llama, tensors, EditSettings("steer", strength=0.5)), llama, tmp_path / "personalizer")
+    assert read(tmp_path / "personalizer").caps == {}
 
 
 def test_files_of_the_published_pipeline_are_read_too(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ FIGURES = {
     "comparing_axes": 2,
 }
 SMALL = (
-    "experiment=town_assistant_axis", "data.questions=2", "data.dev=14", "data.dev_questions=1", "data.test_questions=1",
-    "method.min_count=2", "method.calibration.every=2", "method.calibration.quantiles=[0.05]",
+    "experiment=town_assistant_axis", "data.questions=2", "data.dev=14", "data.dev_questions=1",
+    "data.test_questions=1", "method.min_count=2", "method.calibration.every=2", "method.calibration.quantiles=[0.05]",
     "method.calibration.raises=[0,0.5]",
 )  # fmt: skip
 
