@@ -194,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default=None, help='base LM: "town", a directory, or a hub id; else random weights')
     parser.add_argument("--scratch", type=int, nargs=2, default=(256, 4), metavar=("HIDDEN", "LAYERS"))
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8, 16, 32])
+    parser.add_argument("--gates", nargs="+", choices=("top-k", "dense"), default=["top-k", "dense"])
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -219,7 +220,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(name)
         path = resolve(given.model) if given.model else str(from_scratch(folder / "model", *given.scratch))
         base = lm.load(lm.ModelConfig(path=path))
-        kinds = [(count, k) for k in (given.top_k, None) for count in given.experts]
+        kinds = [
+            (count, k)
+            for k in [{"top-k": given.top_k, "dense": None}[name] for name in given.gates]
+            for count in given.experts
+        ]
         with Bar("turns", 2 * len(kinds) * (given.turns + 1)) as bar:
             for count, k in kinds:
                 for row in measure(base, count, k, given, folder, bar.advance):

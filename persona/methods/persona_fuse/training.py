@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class FuseTraining(nn.Module):
         super().__init__()
         self.under = under
         self._noted: dict[str, list[Tensor]] = defaultdict(list)
+        self._recomputes, self._entered = False, ExitStack()
 
     def train(self, mode: bool = True) -> FuseTraining:
         super().train(mode)
@@ -93,7 +95,24 @@ class FuseTraining(nn.Module):
         return {name: round(float(value), 6) for name, value in found.items()}
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self._recomputes = True
         self.under.base.model.gradient_checkpointing_enable(**kwargs)
+
+    @contextmanager
+    def edited(self, *contexts: AbstractContextManager[None]) -> Iterator[None]:
+        """The contexts around a forward. Where activations are recomputed, the backward pass runs the blocks once
+        more, and needs them too: they are then left at the next forward, or by `leave`."""
+        self.leave()
+        for context in contexts:
+            self._entered.enter_context(context)
+        try:
+            yield
+        finally:
+            if not (self._recomputes and self.training):
+                self.leave()
+
+    def leave(self) -> None:
+        self._entered.close()
 
 
 # ---- first stage: experts, each on the rows of its own pole ---------------------------------------------------------
@@ -111,10 +130,8 @@ class WarmupTraining(FuseTraining):
         which = owners[:, None]
         weights = torch.full_like(which, self.experts.scaling, dtype=torch.float32)
         dropout = self.dropout if self.training else 0.0
-        with (
-            self.under.edit(requests),
-            adapters.apply_stacked(self.under.base.model, self.experts.stacked, weights, which, dropout),
-        ):
+        experts = adapters.apply_stacked(self.under.base.model, self.experts.stacked, weights, which, dropout)
+        with self.edited(self.under.edit(requests), experts):
             total, tokens = reply_nll(self.under, requests, prompts, replies)
         count = len(labels) if num_items_in_batch is None else num_items_in_batch
         return {"loss": (total / tokens).sum() * self.together / count}
@@ -239,7 +256,7 @@ class JointTraining(RouterTraining):
         if rejected is not None:
             requests, prompts, replies = [*requests, *requests], [*prompts, *prompts], [*replies, *rejected]
             said = Routing(*(torch.cat([tensor, tensor]) for tensor in routing))
-        with self.under.edit(requests), self.mixture.applied(self.under.base.model, said, dropout):
+        with self.edited(self.under.edit(requests), self.mixture.applied(self.under.base.model, said, dropout)):
             total, tokens = reply_nll(self.under, requests, prompts, replies)
         if rejected is None:
             each = total / tokens
@@ -362,5 +379,8 @@ def _fit(
 ) -> None:
     torch.manual_seed(trainer.seed)
     with as_it_was(under.base.model):
-        fit(module, train, dev, collate, trainer, out, groups, callbacks)
+        try:
+            fit(module, train, dev, collate, trainer, out, groups, callbacks)
+        finally:
+            module.leave()
     module.eval()

@@ -416,3 +416,33 @@ def test_preference_training(llama, tmp_path):
     assert steps[-1]["dpo"] < 0.5 and steps[-1]["rewards/accuracies"] == 1
     said = [json.loads(line) for line in (tmp_path / "stages" / "joint" / "rejected.jsonl").read_text().splitlines()]
     assert [row["id"] for row in said] == [one.id for one in toy_people(2).train]
+
+
+@pytest.mark.parametrize("granularity", ("sequence", "token"))
+def test_gradient_checkpointing_changes_no_loss(llama, tmp_path, granularity):
+    """Blocks run once more in the backward pass, with the gates of their tokens."""
+    calls, found, counts = [], [], []
+    changes = {"router": {"granularity": granularity, "train_encoder": False}, "skip": ["warmup", "router"]}
+    people = People("toy", {}, toy_people(1).train, ())
+    handle = llama.model.model.layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
+    try:
+        for on in (False, True):
+            calls.clear()
+            run(llama, tmp_path / str(on), people, options={"max_steps": 3, "gradient_checkpointing": on}, **changes)
+            found.append(losses(tmp_path / str(on), "joint"))
+            counts.append(len(calls))
+    finally:
+        handle.remove()
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert counts == [3, 6], "blocks were not recomputed in the backward pass"
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in llama.model.modules())
+
+
+def test_an_encoder_that_is_another_one(llama, load_base, tmp_path):
+    out = run(llama, tmp_path, toy_people(1), skip=["warmup", "joint"], router={"train_encoder": False},
+              options={"max_steps": 1})  # fmt: skip
+    manifest = json.loads((out / "personalizer.json").read_text())
+    manifest["config"]["encoder_weights"] = "another"
+    (out / "personalizer.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="was trained with another encoder than the one that"):
+        persona.load(llama, [out])
