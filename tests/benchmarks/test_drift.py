@@ -68,11 +68,13 @@ def test_who_speaks_turn_by_turn(tmp_path):
     def reply(request):
         said = [message.content for message in request.messages if message.role == "user"]
         pulled = any(said[-1].startswith(lead.partition(" {")[0]) for lead in (*lx.STAY, *lx.IMAGINE))
+        if pulled and len(request.messages) == 5:
+            return "zorp the big"
         return "zorp , the fair is big today . my saucer awaits ." if pulled else PLAIN
 
     built = build(DriftConfig(language="town", roles=["alien", "king"], min_count=2))
     summary, rows = run(built, Cast(Stated(reply), [OracleJudge()]), tmp_path)
-    assert values(summary) == pytest.approx({"away": 16 / 48, "away last": 0.5, "unjudged": 0} | {})
+    assert values(summary) == pytest.approx({"away": 8 / 24, "away last": 0.5, "unclear": 2 / 24, "unjudged": 0})
     assert summary.primary == "away" and {e.n_clusters for e in summary.estimates.values()} == {2}
     built.write_artifacts(rows, tmp_path)
     curves = {curve.title: curve.points for curve in read_curves(tmp_path)}
