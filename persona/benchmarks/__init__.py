@@ -42,8 +42,9 @@ BENCHMARKS = {
     "lm_eval": "persona.benchmarks.lm_eval",
 }
 OVER_PEOPLE = ("lamp", "town", "town_traits", "apc", "character", "coherence")
-# Left out of benchmark=all: over people of their own kind, or with tasks or an axis to be named.
-NOT_IN_ALL = ("apc", "character", "coherence", "town_traits", "lm_eval", "drift_harm")
+# Left out of benchmark=all: over people of their own kind, with tasks or an axis to be named, or of beginnings that
+# no user's message stands before, which many a personalizer needs.
+NOT_IN_ALL = ("apc", "character", "coherence", "town_traits", "lm_eval", "drift_harm", "base_prefills")
 
 
 @dataclass
