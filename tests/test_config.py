@@ -345,3 +345,11 @@ def test_bind_names_every_value_that_is_missing() -> None:
 
     with pytest.raises(UserError, match=r"(?s)data has no value.*method has no value.*name has no value"):
         bind(OmegaConf.structured(TrainConfig))
+
+
+def test_a_choice_may_begin_like_a_schema():
+    """base_prefills is a benchmark; base_drift is a schema, and no choice."""
+    assert load_config("evaluate", ["benchmark=base_prefills", "+baselines.untouched=[]"]).benchmark.completions == 80
+    with pytest.raises(UserError, match="benchmark=base_drft: there is no such benchmark") as caught:
+        load_config("evaluate", ["benchmark=base_drft"])
+    assert "base_prefills" in str(caught.value) and "base_drift" not in str(caught.value)

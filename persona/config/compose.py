@@ -24,8 +24,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from persona.config.schemas import nearest, value_problems
+from persona.config.schemas import GROUPS, nearest, value_problems
 from persona.errors import UserError
+
+# Names of schemas, which stand among a group's choices but are none.
+SCHEMAS = frozenset(name for schemas in GROUPS.values() for name in schemas)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -172,7 +175,7 @@ def _compose_files(config_name: str, groups: list[str]) -> tuple[DictConfig | No
             if not (default.config_path or "").startswith("hydra/")
         ]
     except MissingConfigException as error:
-        options = [option for option in error.options or () if not option.startswith("base_")]
+        options = [option for option in error.options or () if option not in SCHEMAS]
         return None, [f"{_first_line(error)}{nearest(str(error.missing_cfg_file).rpartition('/')[2], options)}"]
     except yaml.YAMLError as error:
         return None, [f"a YAML file cannot be read: {' '.join(str(error).split())}"]
@@ -235,7 +238,7 @@ def _options(key: str) -> list[str]:
     """The choices of a config group; empty when `key` is no group."""
     loader = GlobalHydra.instance().config_loader()
     group = key.partition("@")[0]
-    return [option for option in loader.get_group_options(group) if not option.startswith("base_")] if group else []
+    return [option for option in loader.get_group_options(group) if option not in SCHEMAS] if group else []
 
 
 def _groups(config_name: str) -> list[str]:
