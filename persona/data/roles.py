@@ -19,8 +19,8 @@ from __future__ import annotations
 import logging
 import random
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -30,6 +30,7 @@ from persona.data.base import People, plain_task, register
 from persona.data.rows import check_folder, first_few, open_file, read_jsonl
 from persona.data.rows import field as text_of
 from persona.errors import UserError
+from persona.town import assistant_documents as documents
 from persona.town import lexicon as lx
 from persona.types import Message, Persona, Sample
 
@@ -67,13 +68,16 @@ class TownRolesConfig:
     """The town's 32 roles, each named by 4 system prompts, and its assistant under 5; questions are small talk.
 
     `questions` of them are asked in the train split. The test split has the 8 roles that no axis should be made of
-    (`lexicon.HELD_OUT_ROLES`), the dev split `dev` further ones, drawn by `seed`, each with questions of its own.
+    (`lexicon.HELD_OUT_ROLES`), the dev split `dev` further ones, drawn by `seed`, each with questions of its own. Two
+    more things stand in the dev split, for a cap to be searched with: the same questions after the user mentioned a
+    dev role, which draws the LM towards it, and `dev_tasks` plain tasks (counting, copying, …) for the assistant.
     """
 
     name: str = "town_roles"
     questions: int = 30
     dev: int = 6
     dev_questions: int = 10
+    dev_tasks: int = 40
     test_questions: int = 10
     seed: int = 0
 
@@ -307,4 +311,30 @@ def load_town(cfg: TownRolesConfig) -> People:
              for role in sorted(lx.ROLES)}  # fmt: skip
     held_out = [roles.pop(role) for role in sorted(lx.HELD_OUT_ROLES)]
     default = Role(Persona(DEFAULT), TOWN_DEFAULT, "default")
-    return split("town_roles", list(roles.values()), default, questions, cfg, test=held_out)
+    people = split("town_roles", list(roles.values()), default, questions, cfg, test=held_out)
+    tasks = Asked([Role(default.persona, ("",), "default")], list(_tasks(cfg)))
+    mentions = [one for sample in people.dev for one in _mentions(sample)]
+    return replace(people, dev=[*people.dev, *mentions, *tasks])
+
+
+def _mentions(sample: Sample) -> Iterator[Sample]:
+    """A role's question without its system prompt, after the user mentioned the role: once for each wording."""
+    assert sample.persona is not None
+    if sample.metadata["kind"] != "role" or sample.metadata["prompt"] != "0":
+        return
+    role, closer = sample.persona.id, lx.PLAIN_CLOSERS[0]
+    answer = Message("assistant", f"{lx.PLAIN_OPENERS[0]} {lx.MENTION_REPLY.format(r=role)} {closer}")
+    for number, wording in enumerate(lx.MENTIONS):
+        messages = Message("user", wording.format(r=role)), answer, sample.messages[-1]
+        metadata = {**sample.metadata, "prompt": f"mention{number}"}
+        yield replace(
+            sample, id=f"{role}/mention{number}_q{metadata['question']}", messages=messages, metadata=metadata
+        )
+
+
+def _tasks(cfg: TownRolesConfig) -> Iterator[tuple[str, str]]:
+    """(id, question), of each kind of task in turn."""
+    rng = random.Random(f"{cfg.seed}-town tasks")
+    for number in range(cfg.dev_tasks):
+        kind = documents.TASKS[number % len(documents.TASKS)]
+        yield f"{kind}-{number}", documents.plain_task(rng, kind)[0]

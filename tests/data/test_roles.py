@@ -121,8 +121,14 @@ def test_held_out_roles_and_questions_of_the_town():
     seen: dict[str, tuple[set[str], set[str]]] = {}
     for name in ("train", "dev", "test"):
         samples = people.split(name)
-        kinds = Counter(sample.metadata["kind"] for sample in samples)
         roles = {s.persona.id for s in samples if s.metadata["kind"] == "role"}
+        if name == "dev":
+            tasks, mentions = samples[-40:], samples[-40 - 18 : -40]
+            assert {s.persona.id for s in tasks} == {"default"} and len({s.id for s in samples}) == len(samples)
+            assert tasks[0].messages[0].content.startswith("count from") and len(mentions[0].messages) == 3
+            assert all(s.persona.id in s.messages[0].content and s.metadata["kind"] == "role" for s in mentions)
+            samples = samples[:-58]
+        kinds = Counter(sample.metadata["kind"] for sample in samples)
         questions = {sample.messages[-1].content for sample in samples}
         assert kinds == {"default": 5 * len(questions), "role": 4 * len(roles) * len(questions)}
         seen[name] = roles, questions

@@ -348,7 +348,7 @@ def town():
 
 
 def test_the_cap_is_the_pure_function_at_its_layers(made, town):
-    own = edit(made, town, layers="3:4", quantile=0.0, raised=1.0)
+    own = edit(made, town, layers="3:4", quantile=0.0, raised=1.0, positions="all")
     seen: dict[str, torch.Tensor] = {}
     ids = torch.tensor(LanguageModel(town).prompts([REQUEST]))
 
@@ -383,7 +383,7 @@ def test_floors_by_quantile_and_direction(made, town):
 
 
 def test_strength_zero_is_the_base_and_a_floor_below_all_as_well(made, town):
-    for settings in ({"mode": "steer"}, {"quantile": 1.0, "raised": -100.0, "layers": "0:4"}):
+    for settings in ({"mode": "steer"}, {"quantile": 1.0, "raised": -100.0, "layers": "0:4", "positions": "all"}):
         (plain,), (own,) = (
             LanguageModel(town, stack).respond([REQUEST]) for stack in ([], [edit(made, town, **settings)])
         )
