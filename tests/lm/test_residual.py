@@ -249,12 +249,20 @@ def test_means_are_those_of_stored_states_in_any_batch(load_base, name, batch_si
     assert found[2].isnan().all() and found[2].shape == (1, 5, base.hidden_size)
 
 
-def test_means_are_those_of_stored_states_to_six_digits(llama):
-    """In double precision nothing is left but the mean's own float32."""
-    base = BaseLM(copy.deepcopy(llama.model).double(), llama.tokenizer, "in double precision")
-    for i, turns in span_means(base, CHATS, SITES, batch_size=4):
-        for turn, expected in zip(turns, stored(base, CHATS[i], SITES) if i not in (2, 4) else [], strict=False):
-            assert torch.allclose(turn.double(), expected, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
+def test_means_are_of_float32_whatever_the_states_are(llama, dtype):
+    """In double precision nothing is left but the mean's own float32; of coarse states the mean is still float32."""
+    base = BaseLM(copy.deepcopy(llama.model).to(dtype), llama.tokenizer, "other precision")
+    kept: list[torch.Tensor] = []
+    with changed(base.model, {Site(1): kept.append}):
+        ((_, (mean,)),) = span_means(base, CHATS[:1], [Site(1)])
+    (_, span), (states,) = message_tokens(base, CHATS[0])[1], kept
+    assert states.dtype == dtype and mean.dtype == torch.float32
+    assert torch.allclose(mean[0].double(), states[0, span.start : span.stop].double().mean(0), rtol=1e-6, atol=1e-6)
+    if dtype == torch.float64:  # padding changes nothing
+        for i, turns in span_means(base, CHATS, SITES, batch_size=4):
+            for turn, expected in zip(turns, stored(base, CHATS[i], SITES) if i not in (2, 4) else [], strict=False):
+                assert torch.allclose(turn.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_an_encoder_decoders_replies_are_read_in_its_decoder(t5):
