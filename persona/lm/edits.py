@@ -73,7 +73,7 @@ def _excess(hidden: Tensor, v: Tensor, floor, ceiling) -> Tensor:
 
 def _moved(hidden: Tensor, change: Tensor, v: Tensor) -> Tensor:
     along = v if v.ndim == 1 else v[:, None]
-    return (hidden + change[..., None] * along.to(change.dtype)).to(hidden.dtype)
+    return torch.addcmul(hidden, change[..., None], along.to(change.dtype)).to(hidden.dtype)
 
 
 def _check_bounds(floor: float | None, ceiling: float | None) -> None:
