@@ -150,6 +150,9 @@ def measure(
         processes=processes,
     )
     if processes.is_main_process:
+        for personalizer in getattr(model, "personalizers", ()):
+            if did := personalizer.did():
+                logger.warning("%s: %s %s", name, personalizer.method, did)
         if hasattr(benchmark, "write_artifacts"):
             benchmark.write_artifacts(results.read_rows(folder / "samples.jsonl"), folder)
         if local:

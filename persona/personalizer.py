@@ -79,6 +79,10 @@ class Personalizer:
         """One of what `mixes` names by itself, at weight 1."""
         raise NotImplementedError
 
+    def did(self) -> str:
+        """What it did to the forwards so far, as a line for the log; "" where there is nothing to tell."""
+        return ""
+
     def config(self) -> dict[str, Any]:
         """Plain JSON values from which `load` builds this personalizer again."""
         raise NotImplementedError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from safetensors.numpy import load_file
 
 import persona
+from evaluate import evaluate
 from persona import data, lm
 from persona.config import load_config
 from persona.data.base import People
@@ -410,6 +412,13 @@ def test_it_stacks_and_comes_back_from_its_folder(made, town):
     alone = persona.load(town, stack[:1]).respond([REQUEST])[0]
     assert alone.text != capped.text or alone.logprobs != capped.logprobs
     assert capped.logprobs != persona.load(town, [stack[1]]).respond([REQUEST])[0].logprobs
+
+
+def test_an_evaluation_says_what_the_cap_moved(made, tmp_path, caplog):
+    cfg = load_config("evaluate", ["benchmark=town_tasks", "benchmark.limit=2", "trivial=false", "model.device=cpu"])
+    cfg.personalizers, cfg.output = [str(made / "personalizer")], str(tmp_path)
+    evaluate(cfg)
+    assert re.search(r"assistant_axis: assistant_axis moved of the states \d+\.\d% in layer \d", caplog.text)
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,11 @@ class AssistantAxis(Personalizer):
         """Per layer of a cap the share of states that it moved so far; None where it has seen none."""
         return dict(zip(self.layers, self.counts.engaged() or [None] * len(self.layers), strict=True))
 
+    def did(self) -> str:
+        """The share of states that each layer's cap moved."""
+        shares = [f"{share:.1%} in layer {layer}" for layer, share in self.engaged.items() if share is not None]
+        return f"moved of the states {', '.join(shares)}" if self.settings.mode == "cap" and shares else ""
+
     def modules(self, requests: Sequence[Request]) -> AbstractContextManager[Any]:
         return edited(self.base.model, self.edits, counts=self.counts)
 
