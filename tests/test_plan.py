@@ -272,6 +272,7 @@ def test_the_stages_of_apc_by_hand(tmp_path: Path) -> None:
         ("labels", "verdicts on relevance"): 3 * 5,
         ("labels", "triples of replies"): 9,
         ("labels", "verdicts on replies"): 9 * 6,
+        ("labels", "verdicts to calibrate by"): 2 * 18,  # .3 of the statements with 20 replies each
         ("pairs", "replies"): 9 * 2,
     }
     (training,) = made.stages.trainings
@@ -280,7 +281,11 @@ def test_the_stages_of_apc_by_hand(tmp_path: Path) -> None:
     town = plan(config("experiment=town_apc", "data.train=2", "method.reward=judge"))
     assert town.stages
     kinds = [(part.stage, part.what) for part in town.stages.texts]
-    assert kinds == [("pairs", "replies"), ("pairs", "verdicts")]  # no discriminator, so nothing is labelled for one
+    assert kinds == [
+        ("pairs", "replies"),
+        ("pairs", "told replies"),
+        ("pairs", "verdicts"),
+    ]  # no discriminator, so nothing is labelled for one
 
 
 def test_stages_are_printed_and_prose_is_refused(tmp_path: Path) -> None:

@@ -84,7 +84,8 @@ def _character(cfg: TrainConfig) -> Work:
     short = sum(count < method.expand.per_trait for count in asked)
     prompts = sum(max(count, method.expand.per_trait) for count in asked)
     extra = len(extra_prompts(method.extra_prompts)) if method.extra_prompts else 0
-    pairs = (prompts + extra) * method.distill.repeats
+    second = (prompts + extra) * method.distill.second_turns
+    pairs = (prompts + extra) * method.distill.repeats + second
     teacher = _player(cfg.teacher, "the base LM itself")
     themes = PromptSet.open(method.prompts, method.assistant_name).lines("reflection_prompts")
     see = method.introspect
@@ -93,7 +94,7 @@ def _character(cfg: TrainConfig) -> Work:
     texts = [
         Texts("expand", "lists of prompts", teacher, short * method.expand.tries, method.expand.max_new_tokens),
         Texts("distill", "answers in the role", teacher, pairs, reply),
-        Texts("distill", "answers of its own", "the base LM", pairs, reply),
+        Texts("distill", "answers of its own", "the base LM", pairs + second, reply),
         Texts("introspect", "reflections", "the distilled LM", reflections, see.reflection_tokens),
         Texts("introspect", "turns of interactions", "the distilled LM", talks * see.turns, see.interaction_tokens),
     ]
@@ -139,6 +140,9 @@ def _apc(cfg: TrainConfig) -> Work:
             texts.append(Texts("labels", "replies", "the base LM", 3 * labelled, method.max_new_tokens))
         count = labelled * (3 + method.other_responses)
         texts.append(Texts("labels", "verdicts on replies", judge, count, VERDICT))
+    if method.reward == "discriminators" and method.mode == "dpo":
+        unseen = statements * (method.discriminator.held_out + method.discriminator.dev)
+        texts.append(Texts("labels", "verdicts to calibrate by", judge, round(unseen * method.natural) * 2, VERDICT))
     source = f"{len(people)} characters with {statements} statements"
     learned = min(method.max_new_tokens, method.max_length - 1)
     if method.reward == "discriminators" and method.mode == "dpo":
@@ -146,7 +150,9 @@ def _apc(cfg: TrainConfig) -> Work:
     if method.mode == "experience":
         return Work(texts, [Training("experience", "replies", 3 * labelled, 1, method.max_length, learned)], source)
     texts.append(Texts("pairs", "replies", "the LM under its stack", drawn * method.samples, method.max_new_tokens))
+    if method.told:
+        texts.append(Texts("pairs", "told replies", teacher, drawn * method.told, method.max_new_tokens))
     if method.reward == "judge":
-        each = math.ceil(statements / len(people)) * (1 + method.samples)
+        each = math.ceil(statements / len(people)) * (1 + method.samples + method.told + (method.told > 0))
         texts.append(Texts("pairs", "verdicts", judge, drawn * each, VERDICT))
     return Work(texts, [Training("dpo", "pairs", drawn, 2, method.max_length, learned)], source)

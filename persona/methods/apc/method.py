@@ -111,7 +111,7 @@ class Run:
         sampled = {**common, **self._set("queries", "temperature", "max_new_tokens"),
                    "questions": [list(c.questions) for c in self.characters]}  # fmt: skip
         judged = {**sampled, **helped, **self._set("responses", "prompts", "queries_per_statement", "others",
-                                                   "other_responses", "natural"),
+                                                   "other_responses", "natural", "mode"),
                   "held out": [config.discriminator.held_out, config.discriminator.dev],
                   "judge": [identity(judge) for judge in self.judges]}  # fmt: skip
         below_of(self.under)  # a stack that cannot be trained on is named before anything runs
@@ -277,7 +277,10 @@ class Run:
             if path := known[formats.NLI][c.id]:
                 inferred[c.id] = formats.read(path)
         natural: dict[str, list[dict[str, Any]]] = {c.id: [] for c in self.characters}
-        items = [item for c in left for item in labels.natural_items(c, list(queries[c.id]), responses, config, seed)]
+        scored = left if config.mode == "dpo" else []  # experience is uploaded without discriminators
+        items = [
+            item for c in scored for item in labels.natural_items(c, list(queries[c.id]), responses, config, seed)
+        ]
         judged = self.generate(items, labels.judge_natural, folder, "labels", "natural", judges=judge)
         for row in labels.readable(judged, "of the judge on natural rows"):
             natural[row.pop("of")].append(row)
