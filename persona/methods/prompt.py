@@ -148,9 +148,11 @@ class Retrieval(Personalizer):
     def prompt(self, requests: Sequence[Request]) -> list[Request]:
         if self.settings.ranker == "none":
             return list(requests)
-        pairs = [(request, self.retrieve_task(request)) for request in requests]
+        # Without messages a base LM is to go on with a beginning: nothing is asked that items could answer.
+        pairs = [(request, self.retrieve_task(request)) for request in requests if request.messages]
         chosen = self._retrieve(pairs)
-        return [self._write(request, task, items) for (request, task), items in zip(pairs, chosen, strict=True)]
+        written = (self._write(request, task, items) for (request, task), items in zip(pairs, chosen, strict=True))
+        return [next(written) if request.messages else request for request in requests]
 
     def retrieve(self, requests: Sequence[Request]) -> list[list[HistoryItem]]:
         """The items that `prompt` writes into each request, best first; none for a persona without history."""

@@ -304,6 +304,12 @@ def test_prompt_is_written_into_the_last_user_message_only(retrieval):
         retrieval(k=1).prompt([replace(asked, messages=(Message("system", "s"),))])
 
 
+def test_a_beginning_without_messages_is_left_alone_and_its_neighbours_are_not(retrieval):
+    bare, asked = Request((), prefill="My job is to"), request("boat rain", HISTORY)
+    (alone,) = retrieval(k=1).prompt([asked])
+    assert retrieval(k=1).prompt([bare, asked, bare]) == [bare, alone, bare] and alone != asked
+
+
 def test_a_town_task_brings_its_own_words(retrieval):
     (done,) = retrieval(k=2, ranker="recency").prompt([request("how are you ?", HISTORY, "town_reply")])
     assert done.messages[-1].content == "past : more tea ; the boat and the rain ; question : how are you ?"
