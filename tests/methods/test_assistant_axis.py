@@ -36,6 +36,7 @@ from persona.methods.assistant_axis.personalizer import band_of, settings_of
 from persona.methods.assistant_axis.rollouts import by_role, check_template, share
 from persona.methods.assistant_axis.search import choose, search, take_over
 from persona.personalizer import LanguageModel
+from persona.town import lexicon as lx
 from persona.types import Message, Request, Sampling
 from train import train as run_train
 
@@ -305,6 +306,26 @@ def test_a_server_judges_with_the_files_own_question_under_compat(tmp_path):
     assert all(text.startswith("Is ") and text.endswith(" ? {{like}} it? 0 to 3") for text in texts)
     with pytest.raises(UserError, match="no place for {question} and {answer}"):
         rubric("role", "How much?", "reference")
+
+
+def test_a_server_with_the_same_lm_may_make_the_rollouts(tmp_path):
+    def plan(seen):
+        told = [m["content"] for m in seen.body["messages"] if m["role"] == "system"]
+        role = next((name for name in lx.ROLES if told and f"the {name} ." in told[0]), "")
+        opener, closer = (
+            (lx.ROLES[role] if role else (lx.PLAIN_OPENERS, lx.PLAIN_CLOSERS))[place][0] for place in (0, 1)
+        )
+        return Answer(text=f"{opener} the fair is big today . {closer}")
+
+    with FaultServer(plan) as server:
+        teacher = Endpoint(EndpointConfig(model="judge-7b", base_url=server.url))
+        with pytest.raises(UserError, match="a server cannot be capped: leave teacher out"):
+            run(tmp_path, teacher=teacher)
+        asked = len(server.seen)
+        run(tmp_path, "method.calibration.widths=[]", teacher=teacher)
+        assert len(server.seen) == asked == 15 + 3 * 12
+    report = json.loads((tmp_path / "stages" / "axis" / "axis.json").read_text())
+    assert all(scores["3"] == 12 for scores in report["scores"].values())
 
 
 def test_pairs_of_a_trait_count_where_they_differ_enough():
