@@ -56,7 +56,7 @@ def places(one, depth):
 (across, layer), (up, other) = places(first, DEPTH), places(second, DEPTH)
 found = pearsonr(across, up)
 low, high = found.confidence_interval()
-figure, panel = plt.subplots(figsize=(7, 6.5))
+figure, panel = plt.subplots(figsize=(14, 12) if len(shared) > 60 else (7, 6.5))
 for values, limits in ((across, panel.set_xlim), (up, panel.set_ylim)):
     limits(values.min() - 0.08 * np.ptp(values), values.max() + 0.25 * np.ptp(values))
 panel.set(xlabel=f"{labels[0]}, layer {layer}", ylabel=f"{labels[1]}, layer {other}",

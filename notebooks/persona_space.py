@@ -62,7 +62,8 @@ figure.tight_layout()
 direction = axis / np.linalg.norm(axis)
 inside = np.linalg.norm(space.components[:2] @ direction)
 assistant = space.place(default)[:2]
-figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6))
+many = len(names) > 60  # then only a large map has room for their names
+figure, (left, right) = plt.subplots(*((2, 1) if many else (1, 2)), figsize=(14, 24) if many else (13, 6))
 
 places = np.vstack([space.coordinates[:, :2], assistant])
 margin = 0.15 * np.ptp(places, axis=0)
