@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -126,7 +126,7 @@ def apply(model: nn.Module, adapters: Sequence[Adapter], gates: Tensor) -> Itera
             ranks = [adapters[e].modules[name][0].shape[0] for e in experts]
             factors = torch.tensor([adapters[e].scaling[name] for e in experts])
             per_rank = (gates[:, experts].cpu() * factors).repeat_interleave(torch.tensor(ranks), dim=1).to(weight)
-            handles.append(module.register_forward_hook(_hook(down, up, lambda per_rank=per_rank: per_rank)))
+            handles.append(module.register_forward_hook(_hook(down, up, _of(per_rank, name))))
         yield
     finally:
         for handle in handles:
@@ -134,7 +134,7 @@ def apply(model: nn.Module, adapters: Sequence[Adapter], gates: Tensor) -> Itera
 
 
 Stacked = Mapping[str, tuple[Tensor, Tensor]]
-Weights = Tensor | Callable[[str], Tensor]
+Weights: TypeAlias = "Tensor | Callable[[str], Tensor]"
 
 
 @contextmanager

@@ -246,7 +246,7 @@ class JointTraining(RouterTraining):
     it is sigmoid DPO.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, requests, prompts, replies, query, targets, labels, rejected=None, reference=None,
         num_items_in_batch=None,
     ):  # fmt: skip
