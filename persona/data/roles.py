@@ -196,7 +196,7 @@ def _prompts(path: Path, found: dict[str, Any], key: str, cfg: RolesConfig, empt
         raise UserError(
             f'{path} has {rows!r:.60} as "instruction", which should be a list of objects {{"{key}": prompt}}'
         )
-    prompts = []
+    prompts: list[str] = []
     for number, row in enumerate(rows, start=1):
         where = f"{path}, instruction {number},"
         text = text_of(row, key, where).strip()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,8 +155,8 @@ class _Step:
     def __init__(self, adds: bool, positions: str, batch: int | None) -> None:
         self.adds, self.positions, self.batch = adds, positions, batch
         self.edits: list[tuple[int, Edit, list[int]]] = []  # its number, the edit, its rows
-        self.low: float | Tensor = -torch.inf
-        self.high: float | Tensor = torch.inf
+        self.low: Any = -torch.inf  # a number, or [B, 1] where rows differ
+        self.high: Any = torch.inf
 
     def build(self, device: torch.device) -> None:
         first = self.edits[0][1]
@@ -227,7 +228,7 @@ class _Forward:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """In front of the decoder: which of the columns it computes are whose."""
-        given = kwargs.get("inputs_embeds")
+        given: Any = kwargs.get("inputs_embeds")
         given = kwargs.get("input_ids", args[0] if args else None) if given is None else given
         rows, columns = given.shape[:2]
         if self.batch is not None and rows % self.batch:

@@ -146,8 +146,8 @@ def _generate(
     given: dict = {}
     if edit is not None and sampling.num_beams == 1:
         # The decoder's start token is not the reply's; a row that met a stop string is padded.
-        ends = sorted(base.eos_ids | {base.tokenizer.pad_token_id})
-        given["stopping_criteria"] = StoppingCriteriaList([_Going(ends, int(base.is_encoder_decoder))])
+        over = sorted(base.eos_ids | {base.tokenizer.pad_token_id})
+        given["stopping_criteria"] = StoppingCriteriaList([_Going(over, int(base.is_encoder_decoder))])
     if cache is not None:  # generate() then computes the columns behind the cache only
         cache.batch_repeat_interleave(sampling.num_beams)
         given["past_key_values"] = cache

@@ -17,6 +17,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 from persona.errors import UserError
 from persona.town import lexicon as lx
@@ -131,7 +132,7 @@ def situations(
     rng, kept_out = random.Random(f"town-situations-{seed}"), held_out_patterns(seed)
     pools: dict[Pattern, list[Cues]] = {}
     for pattern in patterns():
-        combinations = list(product(*(cue[call] for cue, call in zip(CUES, pattern, strict=True))))
+        combinations: list[Any] = list(product(*(cue[call] for cue, call in zip(CUES, pattern, strict=True))))
         pools[pattern] = rng.sample(combinations, len(combinations))
     parts = {"test": [("combination", test - 2 * (test // 3)), ("pattern", test // 3), ("wording", test // 3)],
              "dev": [("combination", dev)], "train": [("combination", train)]}  # fmt: skip

@@ -116,7 +116,7 @@ class RoleSums:
 
 def save_sums(path: Path, found: Sums, under: LanguageModel) -> None:
     """Write what `RoleSums.load` reads."""
-    keys = sorted(found.sums)
+    keys: list[Any] = sorted(found.sums)  # type: ignore[type-var]  # pairs of numbers
     shape = len(keys), len(layers(under)), under.base.hidden_size
     save(path, {
         "keys": np.array(keys, dtype=np.int64).reshape(-1, 2),

@@ -62,8 +62,8 @@ class EditSettings:
 def band_of(layers: str | None, depth: int, mode: str = "cap") -> range:
     """The layers of a band "46:54". Raises UserError for another form, and layers that the LM does not have."""
     if layers is None:
-        start = min(round(BEST[0] * depth), depth - 1) if mode == "cap" else depth // 2
-        return range(start, max(round(BEST[1] * depth), start + 1) if mode == "cap" else start + 1)
+        first = min(round(BEST[0] * depth), depth - 1) if mode == "cap" else depth // 2
+        return range(first, max(round(BEST[1] * depth), first + 1) if mode == "cap" else first + 1)
     start, _, stop = layers.partition(":")
     if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
         raise UserError(f'layers={layers} is no band: it should read "46:54", the end excluded')

@@ -266,8 +266,10 @@ class Axis:
         if self.processes.is_main_process:
             roles = np.concatenate([found[name] for name in found if name.startswith("roles/") and name != PLAIN])
             cap = AssistantAxis(self.under.base, _tensors(tensors), settings)
-            table = [{"layer": at, "default": float(found[PLAIN][:, at].mean()), "roles": float(roles[:, at].mean())}
-                     for at in range(self._depth())]  # fmt: skip
+            means = {"default": found[PLAIN].mean(0), "roles": roles.mean(0)}
+            table: list[dict[str, Any]] = [
+                {"layer": at, **{name: float(mean[at]) for name, mean in means.items()}} for at in range(self._depth())
+            ]
             for at in cap.layers:
                 # Of means over replies; what a run counts is of single tokens.
                 floor = cap.floor(at)
@@ -303,7 +305,8 @@ class Axis:
                 return row
             assert sample.persona is not None
             asked = judging.rubric("role", sample.persona.attributes.get("eval_prompt", ""), c.compat)
-            return row | await judging.judge(row, taken, sample.persona.id, sample.persona.description, asked)
+            verdict = await judging.judge(row, taken, sample.persona.id, sample.persona.description, asked)
+            return {**row, **verdict}
 
         def rows(samples: list[Sample], model: LanguageModel, name: str) -> list[dict[str, Any]]:
             items, cast = [(s.id, s) for s in samples], Cast(model, judges=judges)

@@ -47,8 +47,8 @@ def make(
             f"{best} has most, {roles[best].count(geometry.FULLY)} (stages/verdicts has all scores)"
         )
     pairs = {name: one.count(1) for name, one in traits.items()}
-    sides = [{name: one.sum(side) for name, one in traits.items() if pairs[name]} for side in (1, 0)]
-    shown = geometry.trait_vectors(*sides, pairs, min_count)
+    high, low = ({name: one.sum(side) for name, one in traits.items() if pairs[name]} for side in (1, 0))
+    shown = geometry.trait_vectors(high, low, pairs, min_count)
     plain = default.mean(0)
     axis, stacked = geometry.compute_axis(plain, fully), np.stack(list(fully.values()))
     layer = len(axis) // 2 if layer is None else layer

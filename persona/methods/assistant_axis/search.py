@@ -57,10 +57,18 @@ def search(
     """Each setting's take-over, how much less it is than that of the untouched LM, its loss, and whether no other one
     beats it. `settings`: bands, and how far floors are raised; `measure`, `untouched`: take-over and nats per token.
     """
-    tried = []
+    tried: list[dict[str, Any]] = []
     for band, raised in settings:
         harm, cost = measure(band, raised)
-        setting = {"id": band.id, "layers": f"{band.start}:{band.stop}", "quantile": band.quantile, "raised": raised}
-        tried.append({**setting, "take_over": harm, "reduction": untouched[0] - harm, "loss": cost - untouched[1]})
+        setting: dict[str, Any] = {"id": band.id, "layers": f"{band.start}:{band.stop}", "quantile": band.quantile}
+        tried.append(
+            {
+                **setting,
+                "raised": raised,
+                "take_over": harm,
+                "reduction": untouched[0] - harm,
+                "loss": cost - untouched[1],
+            }
+        )
     front = set(pareto_front([one["loss"] for one in tried], [one["reduction"] for one in tried]))
     return [{**one, "pareto": place in front} for place, one in enumerate(tried)]
