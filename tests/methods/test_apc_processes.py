@@ -63,11 +63,12 @@ def whole(base, teacher, tmp_path_factory) -> Path:
 
 
 EU = replace(CONFIG, mode="experience")
+EU_STEPS = replace(STEPS, max_steps=2)  # there are five replies to learn
 
 
 @pytest.fixture(scope="module")
 def uploaded(base, teacher, tmp_path_factory) -> Path:
-    return run(base, teacher, tmp_path_factory.mktemp("uploaded"), EU).parent
+    return run(base, teacher, tmp_path_factory.mktemp("uploaded"), EU, EU_STEPS).parent
 
 
 def rows(path: Path) -> list[dict]:
@@ -126,7 +127,7 @@ def test_two_processes_make_what_one_makes(whole, base, teacher, tmp_path):
 
 @pytest.mark.multi_process
 def test_experience_is_uploaded_by_two_as_by_one(uploaded, base, teacher, tmp_path):
-    of_two(lambda: run(base, teacher, tmp_path, EU, replace(STEPS, batch_size=1)))
+    of_two(lambda: run(base, teacher, tmp_path, EU, replace(EU_STEPS, batch_size=1)))
     assert losses(tmp_path)["experience"] == pytest.approx(losses(uploaded)["experience"], abs=1e-4)
 
 
@@ -193,5 +194,5 @@ def test_killed_in_every_stage_it_ends_as_one_that_ran_through(whole, base, teac
 
 
 def test_killed_while_experience_is_uploaded(uploaded, base, teacher, tmp_path):
-    assert killed(("experience",), tmp_path, lambda: run(base, teacher, tmp_path, EU)) == ["experience"]
+    assert killed(("experience",), tmp_path, lambda: run(base, teacher, tmp_path, EU, EU_STEPS)) == ["experience"]
     assert losses(tmp_path) == losses(uploaded) and same_adapters(uploaded, tmp_path, "experience")
