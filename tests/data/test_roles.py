@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from persona.errors import UserError
 from persona.town import lexicon as lx
 from persona.types import Message
 
-PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "axis"
+PUBLISHED = Path(os.environ.get("PERSONA_PUBLISHED", "-")) / "axis"  # nobody needs them
 RUBRIC = "Is it one? {question} {answer}"
 
 
@@ -150,7 +151,7 @@ def test_town_roles_use_the_words_of_the_town():
     assert all(set(message.content.split()) <= words for sample in people.train for message in sample.messages)
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published files are not here")
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="PERSONA_PUBLISHED names no folder with axis")
 def test_the_published_files_are_read_whole():
     people = load(RolesConfig(path=str(PUBLISHED), model_name="Qwen", traits=True))
     assert len(people.train) == (5 + 275 * 5 + 240 * 10) * 239
