@@ -135,7 +135,7 @@ def test_every_experiment_starts(places, tmp_path, name, capsys):
     cfg = load_config("train", [f"experiment={name}"])
     if cfg.data.name == "town_characters":  # a scratch LM says nothing that could be labelled: its first stages
         few = ["data.train=2", "data.test=1", f"output={tmp_path}", "trainer.cpu=true", "model.device=cpu"]
-        for stage in ("statements", "labels"):
+        for stage in ("statements", "pairs"):
             folder = train(load_config("train", [f"experiment={name}", *few, f"stage={stage}"]))
             assert (folder / "records" / f"{stage}.json").is_file()
     elif cfg.data.name == "town_situations":
