@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from persona.benchmarks.role_susceptibility import (
+from persona.benchmarks.axis_shared import (
     AxisConfig,
     anything,
     check_language,

@@ -28,7 +28,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from persona.benchmarks.role_susceptibility import (
+from persona.benchmarks.axis_shared import (
     ASSISTANT,
     SPEAKER,
     UNCLEAR,

@@ -19,9 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from persona.benchmarks.drift import Axis
-from persona.benchmarks.persona_jailbreak import HARM, Asked, harm_of
-from persona.benchmarks.role_susceptibility import (
+from persona.benchmarks.axis_shared import (
     TOWN_QUESTIONS,
     AxisConfig,
     anything,
@@ -34,6 +32,8 @@ from persona.benchmarks.role_susceptibility import (
     text_of,
     town_roles,
 )
+from persona.benchmarks.drift import Axis
+from persona.benchmarks.persona_jailbreak import HARM, Asked, harm_of
 from persona.errors import UserError
 from persona.evaluation.episodes import Benchmark
 from persona.evaluation.judges.judging import require

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona.benchmarks.role_susceptibility import (
+from persona.benchmarks.axis_shared import (
     TOWN_QUESTIONS,
     AxisConfig,
     anything,

@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from persona.benchmarks import AllConfig, BenchmarkConfig, FileBenchmarkConfig, PeopleBenchmarkConfig
 from persona.benchmarks.apc import APCBenchmarkConfig
+from persona.benchmarks.axis_shared import AxisConfig
 from persona.benchmarks.base_prefills import BasePrefillsConfig
 from persona.benchmarks.big_five_inventory import BigFiveInventoryConfig
 from persona.benchmarks.character import CharacterConfig, QuestionsConfig
@@ -36,7 +37,7 @@ from persona.benchmarks.personamem import PersonaMemConfig
 from persona.benchmarks.revealed_preferences import RevealedPreferencesConfig
 from persona.benchmarks.review_reply import ReviewReplyConfig
 from persona.benchmarks.rmtbench import RMTBenchConfig
-from persona.benchmarks.role_susceptibility import AxisConfig, RoleSusceptibilityConfig
+from persona.benchmarks.role_susceptibility import RoleSusceptibilityConfig
 from persona.benchmarks.tombench import ToMBenchConfig
 from persona.benchmarks.town_tasks import TownTasksConfig
 from persona.benchmarks.town_traits import TownTraitsConfig

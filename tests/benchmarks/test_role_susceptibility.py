@@ -5,7 +5,8 @@ import json
 import pytest
 from benchmark_toys import Stated, run, values
 
-from persona.benchmarks.role_susceptibility import LABELS, SPEAKER, RoleSusceptibilityConfig, build
+from persona.benchmarks.axis_shared import LABELS, SPEAKER
+from persona.benchmarks.role_susceptibility import RoleSusceptibilityConfig, build
 from persona.errors import UserError
 from persona.evaluation.episodes import Cast, Trivial
 from persona.evaluation.judges.judging import ScriptedJudge, random_judge

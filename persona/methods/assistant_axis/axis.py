@@ -173,17 +173,6 @@ def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return (one * other).sum(axis=-1) / lengths
 
 
-def axis_pc1_cosine(axis: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """|cos(axis, first principal component of `vectors`)| in each layer: [L, H] and [N, L, H] give [L].
-
-    Published: above .60 in all layers and above .71 in the middle one (reference 3.4).
-    """
-    points = np.asarray(vectors)
-    return np.array(
-        [abs(cosine(axis[layer], pca(points[:, layer]).components[0])) for layer in range(points.shape[1])]
-    )
-
-
 # ---- how sure the direction is -------------------------------------------------------------------------------------
 
 
@@ -213,41 +202,6 @@ def bootstrap_roles(default_vector: np.ndarray, vectors: np.ndarray, resamples: 
     draws = np.random.default_rng(seed).multinomial(roles, np.full(roles, 1 / roles), size=resamples) / roles
     layers = zip(compute_axis(default_vector, vectors), _array(default_vector), _layers_first(vectors), strict=True)
     return _interval([cosine(default - draws @ points, axis) for axis, default, points in layers])
-
-
-def bootstrap_questions(
-    default_sums: np.ndarray,
-    default_counts: np.ndarray,
-    role_sums: np.ndarray,
-    role_counts: np.ndarray,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """Cosine to the full axis of axes from as many blocks of rollouts drawn with replacement.
-
-    How far the direction hangs on the rollouts. Roles are asked the same questions, so rollouts are drawn in blocks of
-    questions, the same for all: sums [B, L, H] and counts [B] of the default, [R, B, L, H] and [R, B] of the roles,
-    over the rollouts of each block that count. A role that has none in a resample is left out of it.
-    """
-    owned, counted = np.asarray(default_counts, float), np.asarray(role_counts, float)
-    blocks = len(owned)
-    draws = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), size=resamples)
-    draws = np.concatenate([np.ones((1, blocks)), draws])  # the first one is the full axis
-    drawn = draws @ counted.T  # rollouts of each role, [resamples, R]
-    whole = (draws @ owned > 0) & (drawn > 0).any(axis=1)
-    draws, drawn = draws[whole], drawn[whole]
-    if not whole[0] or len(draws) < 2:
-        raise UserError("there are no rollouts, or too few blocks of them, to draw an axis from again")
-    # The axis is linear in the sums, with these weights: of the default's blocks, and of every role's.
-    own = draws / (draws @ owned)[:, None]
-    share = np.divide(1, drawn, out=np.zeros_like(drawn), where=drawn > 0) / (drawn > 0).sum(axis=1, keepdims=True)
-    weights = np.einsum("sb,sr->srb", draws, share).reshape(len(draws), -1)
-    cosines = []
-    for layer in range(default_sums.shape[1]):
-        sums = _array(role_sums[:, :, layer]).reshape(weights.shape[1], -1)
-        axes = own @ _array(default_sums[:, layer]) - weights @ sums
-        cosines.append(cosine(axes[1:], axes[0]))
-    return _interval(cosines)
 
 
 def split_half(default_vector: np.ndarray, vectors: np.ndarray, splits: int = 200, seed: int = 0) -> Interval:

@@ -11,8 +11,6 @@ from persona.methods.assistant_axis import compute_axis, project, steer
 from persona.methods.assistant_axis.axis import (
     FULLY,
     SOMEWHAT,
-    axis_pc1_cosine,
-    bootstrap_questions,
     bootstrap_roles,
     cosine,
     pca,
@@ -125,9 +123,6 @@ def test_no_space_without_differences() -> None:
 def test_cosines_in_each_layer() -> None:
     assert cosine(np.array([[3.0, 4], [1, 0]]), np.array([[3.0, 4], [0, 2]])).tolist() == [1.0, 0.0]
     assert np.isnan(cosine(np.zeros(2), np.ones(2)))
-    points = np.array([[3.0, 0], [-3.0, 0], [0, 1], [0, -1]])
-    vectors = np.stack([points, points[:, ::-1]], axis=1)  # layer 0 spreads along x, layer 1 along y
-    assert axis_pc1_cosine(np.array([[-2.0, 0], [4.0, 3.0]]), vectors) == pytest.approx([1.0, 0.6])
 
 
 # ---- how sure the direction is -------------------------------------------------------------------------------------
@@ -146,26 +141,6 @@ def test_bootstrap_narrows_with_roles_that_agree() -> None:
     alike = bootstrap_roles(default, np.repeat(away, 6, axis=0), resamples=50)
     assert (few.low < many.low).all() and (many.low > 0.95).all() and few.low.shape == (3,)
     assert alike.low == pytest.approx(np.ones(3))
-
-
-def test_bootstrap_resample_is_the_axis_of_the_blocks_it_drew() -> None:
-    """Two blocks of questions: each resample is one of three axes, which are computed here from their rollouts."""
-    sums, counts = normal(3, 2, 4, 5, seed=1), np.array([[3, 1], [2, 2], [0, 4]])
-    sums[2, 0] = 0  # the third role has no rollouts in the first block
-    own, owned = normal(2, 4, 5, seed=2), np.array([5, 3])
-    cosines = []
-    full = compute_axis(own.sum(0) / 8, [s.sum(0) / c.sum() for s, c in zip(sums, counts, strict=True)])
-    for block in (0, 1):
-        roles = [s[block] / c[block] for s, c in zip(sums, counts, strict=True) if c[block]]
-        cosines.append(cosine(compute_axis(own[block] / owned[block], roles), full))
-    interval = bootstrap_questions(own, owned, sums, counts, resamples=4000)
-    assert interval.low == pytest.approx(np.min(cosines, axis=0), abs=1e-6)
-    assert interval.high == pytest.approx(np.ones(4))
-
-
-def test_bootstrap_of_rollouts_needs_blocks_to_draw_from() -> None:
-    with pytest.raises(UserError, match="no rollouts, or too few blocks"):
-        bootstrap_questions(np.ones((2, 1, 3)), np.ones(2), np.zeros((1, 2, 1, 3)), np.zeros((1, 2)))
 
 
 def test_split_halves_by_hand() -> None:

@@ -8,8 +8,9 @@ import math
 import os
 import shutil
 import socket
-import traceback
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ from persona.methods.persona_fuse.experts import FOLDERS
 from persona.methods.persona_fuse.pipeline import STAGES as ALL_STAGES
 from persona.methods.persona_fuse.routing import collapse, report, trace
 from persona.personalizer import LanguageModel
+
+sys.path.append(str(Path(__file__).parents[2] / "training"))
+from test_trainer import process_of_two
 
 STAGES = ALL_STAGES[1:]  # toy people are annotated: there is nothing to synthesize
 
@@ -231,30 +235,6 @@ def test_resumed_is_uninterrupted(llama, whole, tmp_path, monkeypatch):
         assert losses(tmp_path, stage) == losses(whole, stage)
         one, other = weights(whole, stage), weights(tmp_path, stage)
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), stage
-
-
-def process_of_two(rank, port, act):
-    """A forked process that takes its place in a gloo group as torchrun would give it, and acts."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        from accelerate import PartialState
-        from accelerate.state import AcceleratorState
-
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
-        AcceleratorState._reset_state(reset_partial_state=True)  # this process's parent was alone
-        assert PartialState(cpu=True).num_processes == 2
-        act()
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
 
 
 def in_two(act):
