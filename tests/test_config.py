@@ -121,6 +121,8 @@ def test_several_judges_are_named_side_by_side() -> None:
         ("+colour=red", "unknown key colour; the top level has name, output, model"),
         ("model=twon", "model=twon: there is no such model; did you mean town? (flan_t5_xl,"),
         ("experiment=town_persona_plg", "did you mean town_persona_plug?"),
+        ("experiment=null", "experiment=null: experiment is chosen by name ("),
+        ("model=3", "model=3: model is chosen by name (flan_t5_xl,"),
         ("trainer.epochs=abc", "trainer.epochs=abc: Value 'abc' of type 'str' could not be converted to Float"),
         ("trainer.batch_size=1.5", "trainer.batch_size=1.5: Value '1.5' of type 'float' could not be converted"),
         ("trainer.batch_size=0", "trainer.batch_size=0 has to be greater than 0"),

@@ -122,16 +122,16 @@ def _compose(config_name: str, overrides: list[str], multirun: bool) -> tuple[An
         lines = [text] if values is None else [f"{text.partition('=')[0]}={value}" for value in values]
         first.append(lines[0])
         singles += [parser.parse_override(line) for line in lines]
+    groups = [override for override in singles if _options(override.key_or_group) and not override.is_delete()]
+    wrong = [sentence for override in groups if (sentence := _group_problem(override))]
     # Hydra lets `+key` and `~key` change which keys there are; here only open mappings may grow.
     closed = not any(o.is_add() or o.is_force_add() or o.is_delete() for o in singles)
     refusal = ""
-    if not problems and closed and len(singles) == len(first):
+    if not problems and not wrong and closed and len(singles) == len(first):
         try:
             return _bound(config_name, first)
         except (HydraException, yaml.YAMLError) as error:
             refusal = _first_line(error)
-    groups = [override for override in singles if _options(override.key_or_group) and not override.is_delete()]
-    wrong = [sentence for override in groups if (sentence := _group_problem(override))]
     chosen = [override.input_line or "" for override in groups if not _group_problem(override)]
     composed, in_files = _compose_files(config_name, chosen)
     problems = in_files + problems + wrong
@@ -205,6 +205,8 @@ def _group_problem(override: Override) -> str | None:
     key, value = override.key_or_group, override.value()
     options = _options(key)
     for choice in value if isinstance(value, list) else [value]:
+        if not isinstance(choice, (str, dict)):  # Hydra's own answer is a traceback
+            return f"{override.input_line}: {key} is chosen by name ({', '.join(options)}); without it none is chosen"
         if isinstance(choice, str) and choice not in options:
             return f"{key}={choice}: there is no such {key}{nearest(choice, options)} ({', '.join(options)})"
     return None
