@@ -204,12 +204,13 @@ class RouterTraining(FuseTraining):
         self, under: LanguageModel, mixture: Mixture, config: PersonaFuseConfig, terms: RouterStageConfig | JointConfig
     ):
         super().__init__(under)
-        self.mixture, self.config, self.terms = mixture, config, terms
+        # Not `config`: transformers' W&B callback takes a model's for that of a PreTrainedModel.
+        self.mixture, self.settings, self.terms = mixture, config, terms
 
     def losses(self, routing: Routing, targets: Tensor) -> Tensor:
         """The weighted sum of the router's losses over the rows of all processes; heads of several layers count as one
         (p is then the layers' embeddings side by side, gates their mean loss)."""
-        c, terms = self.config, self.terms
+        c, terms = self.settings, self.terms
         p, gates, targets = gathered(routing.p), gathered(routing.gates), gathered(targets)
         heads = p.shape[1]
         poles = targets.clone()
@@ -251,7 +252,7 @@ class JointTraining(RouterTraining):
         num_items_in_batch=None,
     ):  # fmt: skip
         routing = self.mixture.route(query)
-        dropout = self.config.lora.lora_dropout if self.training else 0.0
+        dropout = self.settings.lora.lora_dropout if self.training else 0.0
         said = routing
         if rejected is not None:
             requests, prompts, replies = [*requests, *requests], [*prompts, *prompts], [*replies, *rejected]
@@ -263,7 +264,7 @@ class JointTraining(RouterTraining):
             self.note(nll=each.mean())
         else:
             better, worse = (-total - reference).chunk(2)
-            each = dpo_loss(better - worse, beta=self.config.joint.beta)
+            each = dpo_loss(better - worse, beta=self.settings.joint.beta)
             self.note(dpo=each.mean(), **{"rewards/accuracies": (better > worse).float().mean()})
         count = len(labels) if num_items_in_batch is None else num_items_in_batch
         return {"loss": each.sum() / count + self.losses(routing, targets) * (len(labels) / count)}

@@ -383,6 +383,14 @@ def test_experts_that_differ(llama, whole, tmp_path):
 # ---- by preference -------------------------------------------------------------------------------------------------
 
 
+def test_every_stage_runs_with_wandb(llama, tmp_path, monkeypatch):
+    """Its callback looks into the module that is trained."""
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "PROJECT": "persona", "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    run(llama, tmp_path / "a", options={"wandb": "offline", "max_steps": 1})
+    assert list(tmp_path.glob("wandb/*/*.wandb"))
+
+
 def test_preference_training(llama, tmp_path):
     """The first loss of DPO is ln 2, as fresh experts change nothing; then the response gains on what the LM says."""
     none = {"contrastive": 0.0, "consistency": 0.0, "balance": 0.0}
