@@ -50,12 +50,13 @@ def generate(
 
     A run that was stopped goes on, and asks nothing twice. `settings` (JSON values) is all that rows depend on beside
     the items: models, prompts, sampling, seed. Rows made with other settings or items are dropped with a warning.
-    An item whose episode raises `Unscored` (an endpoint that gave no reply, a reply that cannot be read) gives the row
+    An item whose episode raises `Unscored` (a reply that cannot be read, a request that is refused) gives the row
     {"id", "reason", "raw"}; such rows are counted in a warning, and their items are asked again at the next start.
     With `processes`, each takes every n-th item, rank zero joins their rows, and all of them return them.
 
-    Raises UserError for ids that repeat, for a `path` that was not written here, and where an endpoint cannot be asked
-    any more; rows so far are kept. Raises ValueError when `episode` returns a key "id" or "reason".
+    Raises UserError for ids that repeat, for a `path` that was not written here, where an endpoint cannot be asked any
+    more, and at the end where calls to one got no reply (`Unscored.failed`), for these may get one another time; rows
+    so far are kept. Raises ValueError when `episode` returns a key "id", "reason" or "failed".
     """
     path, items = Path(path), list(items)
     title = title or path.stem
@@ -76,11 +77,12 @@ def generate(
         try:
             row = await episode(item[1], roles)
         except Unscored as error:
-            return _line({"id": item[0], "reason": error.reason, "raw": error.raw})
+            failed = {"failed": True} if error.failed else {}
+            return _line({"id": item[0], "reason": error.reason, "raw": error.raw, **failed})
         except Exception as error:
             error.add_note(f'This happened in {title}, item "{item[0]}".')
             raise
-        if taken := {"id", "reason"} & row.keys():
+        if taken := {"id", "reason", "failed"} & row.keys():
             raise ValueError(f"{title}: the key {min(taken)} of a row is not for an episode to give")
         return _line({"id": item[0], **row})
 
@@ -102,7 +104,13 @@ def generate(
         _join(path, ids, title)
     if processes:
         processes.wait_for_everyone()
-    return list(read_lines(path))
+    made = list(read_lines(path))
+    if failed := [row for row in made if row.get("failed")]:
+        raise UserError(
+            f'{title}: {len(failed)} of {len(made)} got no reply, the first of them "{failed[0]["id"]}" '
+            f"({failed[0]['reason']}): the same command asks for these again and keeps the others"
+        )
+    return made
 
 
 def seed_of(seed: int, *names: object) -> int:

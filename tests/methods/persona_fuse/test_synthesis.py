@@ -148,6 +148,30 @@ def test_a_teacher_that_dies_half_way_is_asked_for_the_rest(tmp_path):
         assert run(server, queries, tmp_path / "b") == resumed
 
 
+@pytest.mark.parametrize(
+    ("who", "calls"), [("Work in this order", 1 + 2 * 48), ("Could this answer do harm", 2), ("does the answer", 2)]
+)
+def test_a_call_without_reply_leaves_the_stage_open_and_is_asked_again(tmp_path, who, calls):
+    """Of all calls one fails; as long as it does, every start ends with one sentence, and then no other is repeated
+    but the judge's first question on the same response."""
+
+    def flaky(seen: Seen) -> Answer:
+        return Answer("500") if who in seen.text and "query 7 " in seen.text else scripted(seen)
+
+    queries = pool(*GOOD)
+    with FaultServer(flaky) as server:
+        for _ in range(2):
+            with pytest.raises(UserError, match=r'1 of 48 got no reply, the first of them "q7" \(.*HTTP 500.*\): the'):
+                run(server, queries, tmp_path / "a")
+            assert not (tmp_path / "a" / "records").exists() and not (tmp_path / "a" / "sft.jsonl").exists()
+        server.plan, before = scripted, len(server.seen)
+        rows = run(server, queries, tmp_path / "a")
+        again = [seen.text for seen in server.seen[before:]]
+        assert len(rows) == 48 and len(again) == calls
+        assert all("query 7 " in text for text in again if calls == 2 or who in text)
+        assert run(server, queries, tmp_path / "b") == rows
+
+
 def test_a_pool_of_queries_is_the_methods_first_stage(llama, tmp_path):
     """From a file of bare queries to a personalizer; what was synthesized is learned from, and not asked for again."""
     queries = [{"id": s.id, "messages": [{"role": "user", "content": s.messages[0].content}]} for s in pool(*GOOD)]
