@@ -6,6 +6,7 @@ if __name__ == "__main__":
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from importlib import metadata
@@ -38,9 +39,20 @@ from persona.training.trainer import Stopped
 # ---- entry points --------------------------------------------------------------------------------------------------
 
 
+# What a disk, and the rights on it, can do to any write of any library: the user's to mend.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def _one_line(error: UserError | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'} could not be written or read: {error.strerror}"
+    return str(error)
+
+
 @contextmanager
 def sentences(everywhere: bool = True, sweep: bool = False) -> Iterator[None]:
-    """A UserError becomes one line on stderr and exit status 2; a stopped training says how to go on (143).
+    """A UserError becomes one line on stderr and exit status 2, and so does a disk that is full or closed to us
+    wherever a library meets it; a stopped training says how to go on (143).
 
     Not `everywhere`: all processes meet the same error, and one of them says it. In a `sweep` it stays an error, which
     Hydra keeps until the other members are done; an exit would end them too.
@@ -49,9 +61,11 @@ def sentences(everywhere: bool = True, sweep: bool = False) -> Iterator[None]:
     who = "" if rank == "0" else f"[process {rank}] "
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if not isinstance(error, UserError) and error.errno not in _DISK:
+            raise
         if everywhere or rank == "0":
-            print(f"{who}error: {error}", file=sys.stderr, flush=True)
+            print(f"{who}error: {_one_line(error)}", file=sys.stderr, flush=True)
         if sweep:
             raise
         raise SystemExit(2) from None
@@ -176,12 +190,14 @@ def run_state(output: Path | str) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        write("stopped", stopped.message)
+        with suppress(UserError):
+            write("stopped", stopped.message)
         raise
     except BaseException as error:
         lines = str(error).strip().splitlines()
         kind = "" if isinstance(error, UserError) else type(error).__name__
-        write("failed", ": ".join(part for part in (kind, *lines[:1]) if part))
+        with suppress(UserError):  # on a full disk: what was raised first is what the user has to know
+            write("failed", ": ".join(part for part in (kind, *lines[:1]) if part))
         raise
     write("done")
 

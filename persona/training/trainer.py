@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from persona.errors import UserError
+from persona.files import LineWriter, atomic_write, read_lines
 from persona.training.checkpoints import WholeCheckpoints, newest, steps
 
 if TYPE_CHECKING:
@@ -119,12 +120,14 @@ class _Metrics(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            kept = []
-            if self.path.is_file():
-                rows = (json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}"))
-                # The summary that closed an interrupted run goes too: the run is not over.
-                kept = [row for row in rows if 0 < row["step"] <= state.global_step and "train_runtime" not in row]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            # The summary that closed an interrupted run goes too: the run is not over.
+            kept = [
+                row
+                for row in read_lines(self.path)
+                if 0 < row["step"] <= state.global_step and "train_runtime" not in row
+            ]
+            with atomic_write(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.started = (time.perf_counter(), state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -135,8 +138,8 @@ class _Metrics(TrainerCallback):
             samples = (state.global_step - self.started[1]) * args.train_batch_size * args.world_size
             samples *= args.gradient_accumulation_steps
             row["samples_per_second"] = round(samples / (time.perf_counter() - self.started[0]), 3)
-        with open(self.path, "a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        with closing(LineWriter(self.path)) as writer:
+            writer.write(json.dumps(row).encode() + b"\n")
 
 
 class _Bar(ProgressCallback):
@@ -149,6 +152,16 @@ class _Bar(ProgressCallback):
             self.shown = {**self.shown, **shown}
 
     shown: dict[str, Any] = {}
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Around a training: an error leaves no bar that draws itself over what is said about it."""
+        try:
+            yield
+        finally:
+            for bar in (self.prediction_bar, self.training_bar):
+                if bar is not None:
+                    bar.close()
 
 
 class OwnTrainer(WholeCheckpoints, _Trainer):
@@ -287,7 +300,8 @@ def run(trainer: Trainer, config: TrainerConfig, out: Path) -> None:
     """
     folder = out / "checkpoints"
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Bar)
+    bar = _Bar()
+    trainer.add_callback(bar)
     signals = _Signals()
     trainer.add_callback(signals)
     trainer.add_callback(_Metrics(out / "metrics.jsonl"))
@@ -299,7 +313,7 @@ def run(trainer: Trainer, config: TrainerConfig, out: Path) -> None:
         for old in steps(folder) if not config.resume else []:
             logger.warning("trainer.resume=false: %s of an earlier run is removed", old)
             shutil.rmtree(old)
-    with signals.listening():
+    with bar.closed(), signals.listening():
         trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
     if signals.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(trainer.state.global_step, folder)
