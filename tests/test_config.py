@@ -19,7 +19,7 @@ from persona.errors import UserError
 from persona.training.trainer import Stopped
 
 FILES = sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml"))
-COMPOSED = [path for path in FILES if path.parts[0] not in ("hydra", "launch")]
+COMPOSED = [path for path in FILES if path.parts[0] != "hydra"]
 EXPERIMENTS = [path for path in FILES if path.parts[0] == "experiment"]
 NEEDED = {"model/local.yaml": ["model.path=somewhere"]}
 
@@ -37,7 +37,7 @@ def test_the_list_of_files_is_not_empty_and_has_every_group() -> None:
     assert len(COMPOSED) > 20
     assert {path.parts[0] for path in COMPOSED} == {
         *("train.yaml", "evaluate.yaml", "experiment", "debug", "baselines", "judge"),
-        *GROUPS,
+        *("launch", *GROUPS),
     }
 
 
@@ -45,7 +45,7 @@ def test_the_list_of_files_is_not_empty_and_has_every_group() -> None:
 def test_every_yaml_composes_and_binds(path: Path) -> None:
     group, choice = path.parent.as_posix(), path.stem
     roots = ["evaluate"] if group in ("benchmark", "baselines", "judge", "reference", "user_simulator") else ["train"]
-    if group in ("model", "data"):
+    if group in ("model", "data", "launch"):
         roots = ["train", "evaluate"]
     for root in [choice] if group == "." else roots:
         overrides = [] if group == "." else [f"{group}={choice}", *NEEDED.get(path.as_posix(), [])]
@@ -88,7 +88,7 @@ def test_accelerate_reads_every_launch_file() -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     files = sorted((CONFIGS / "launch").glob("*.yaml"))
-    assert [path.stem for path in files] == ["ddp", "ddp_cpu", "single", "zero1", "zero2", "zero3"]
+    assert [path.stem for path in files] == ["ddp", "fsdp2", "single", "zero1", "zero2", "zero3"]
     for path in files:
         load_config_from_file(str(path))  # raises for a key it does not know
         if path.stem.startswith("zero"):

@@ -90,6 +90,13 @@ def unswept(argv: Sequence[str]) -> list[str]:
     return [override.key_or_group for override in parsed if not override.is_sweep_override()]
 
 
+def same_config(argv: Sequence[str]) -> list[str]:
+    """Of a command line what says where the configs are."""
+    args = get_args_parser().parse_args(list(argv))
+    flags = {"--config-dir": args.config_dir, "--config-path": args.config_path, "--config-name": args.config_name}
+    return [text for flag, value in flags.items() if value is not None for text in (flag, value)]
+
+
 @contextmanager
 def _hydra(config_path: str | None) -> Iterator[None]:
     if not CONFIGS.is_dir():

@@ -7,6 +7,7 @@ if __name__ == "__main__":
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +31,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from persona.config.compose import CONFIGS, bind, check_overrides, unswept
+from persona.config import launch
+from persona.config.compose import CONFIGS, bind, check_overrides, same_config, unswept
 from persona.config.schemas import TrainConfig
 from persona.errors import UserError
 from persona.files import atomic_write, write_json
@@ -75,9 +77,11 @@ def sentences(everywhere: bool = True, sweep: bool = False) -> Iterator[None]:
 
 
 def entry(function: Callable[[Any], Any], config_name: str) -> None:
-    """The body of an entry point: check the command line, let Hydra compose, bind, and call `function(cfg)`.
+    """The body of an entry point: check the command line, let Hydra compose, bind, and call `function(cfg)`, in as
+    many processes as `cfg.launch` wants.
 
-    In a multirun every job gets a folder of its own below `output`, named after what is swept over.
+    In a multirun every job gets a folder of its own below `output`, named after what is swept over, and starts its
+    processes itself.
     """
     with sentences(everywhere=False):
         check_overrides(sys.argv[1:], config_name)
@@ -91,6 +95,19 @@ def entry(function: Callable[[Any], Any], config_name: str) -> None:
             bound = bind(cfg)
             if sweep:
                 bound.output = f"{bound.output}/{HydraConfig.get().job.override_dirname.replace('/', '_')}"
+            if launch.wants_processes(bound.launch) and not getattr(bound, "plan", False):
+                script = str(inspect.getsourcefile(function))
+                again = sys.argv[1:]
+                if sweep:
+                    again = [*same_config(again), *HydraConfig.get().overrides.task, f"output='{bound.output}'"]
+                ended = launch.start(bound.launch, [sys.executable, script, *again], on_cpu(bound))
+                if sweep and 0 < ended < 128:  # not a signal: the others go on
+                    raise UserError(f"the processes of {bound.output} ended with status {ended}")
+                if ended:
+                    raise SystemExit(ended)
+                return
+            if launch.started():
+                launch.take_back_end(bound.launch)
             try:
                 function(bound)
             finally:
@@ -110,8 +127,14 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "d
 RESUMABLE = {
     *("name", "output", "stage", "plan", "plan_gpus", "model.batch_size", "model.device", "model.device_map"),
     *(f"trainer.{key}" for key in ("resume", "wandb", "workers", "keep_checkpoints", "log_every", "cpu")),
-    *("trainer.eval_every", "trainer.save_every", "trainer.deepspeed"),
+    *("trainer.eval_every", "trainer.save_every"),
+    *(f"launch.{part.name}" for part in fields(launch.LaunchConfig)),
 }
+
+
+def on_cpu(cfg: Any) -> bool:
+    """Whether a run stays on the CPU, by its config or because there is nothing else."""
+    return (isinstance(cfg, TrainConfig) and cfg.trainer.cpu) or not torch.cuda.is_available()
 
 
 def start_processes(cpu: bool = False) -> PartialState:
@@ -121,7 +144,16 @@ def start_processes(cpu: bool = False) -> PartialState:
     meant. They wait a day for each other (NCCL would give up after 10 minutes): one may have hours of a stage or an
     evaluation left when the others are done, and when one dies its launcher ends them all.
     """
-    return PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=timedelta(days=1))
+    cpu = cpu or not torch.cuda.is_available()
+    if cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UserError("FSDP divides nothing on CPUs, accelerate would quietly make it ddp: choose zero3 or ddp")
+    if cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        # gloo does without the op that DeepSpeed would compile first, for two minutes.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        from deepspeed import ops
+
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return PartialState(cpu=cpu, timeout=timedelta(days=1))
 
 
 def check_same_run(output: Path | str, cfg: TrainConfig) -> None:
@@ -139,7 +171,8 @@ def check_same_run(output: Path | str, cfg: TrainConfig) -> None:
             f"{path} cannot be read, so it is unknown what its checkpoints are of: delete {output}"
         ) from error
     here = dict(_flat(asdict(cfg)))
-    differ = [key for key in here if here[key] != there.get(key) and key not in RESUMABLE]
+    same = (key for key in here if key not in RESUMABLE and ".".join(key.split(".")[:2]) not in RESUMABLE)
+    differ = [key for key in same if here[key] != there.get(key)]
     if differ:
         shown = ", ".join(f"{key} ({there.get(key)} there, {here[key]} here)" for key in differ[:5])
         raise UserError(

@@ -41,6 +41,7 @@ from persona.benchmarks.role_susceptibility import RoleSusceptibilityConfig
 from persona.benchmarks.tombench import ToMBenchConfig
 from persona.benchmarks.town_tasks import TownTasksConfig
 from persona.benchmarks.town_traits import TownTraitsConfig
+from persona.config.launch import LaunchConfig
 from persona.data import (
     BiographyConfig,
     ConstitutionConfig,
@@ -102,6 +103,7 @@ class TrainConfig:
     data: Any = MISSING
     method: Any = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     personalizers: list[Any] = field(default_factory=list)
     teacher: RoleConfig = field(default_factory=RoleConfig)
     judge: dict[str, RoleConfig] = field(default_factory=dict)
@@ -127,6 +129,7 @@ class EvaluateConfig:
     judge: dict[str, RoleConfig] = field(default_factory=dict)
     reference: RoleConfig = field(default_factory=RoleConfig)
     user_simulator: RoleConfig = field(default_factory=RoleConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     trivial: bool = True
     overwrite: bool = False
 
@@ -206,6 +209,7 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     CharacterMethodConfig: {"compat": (None, "reference"), "merge": MODES},
     FinetuneConfig: {"mode": ("lora", "full", "user_lora"), "split": ("train", "dev", "test")},
     JointConfig: {"objective": OBJECTIVES},
+    LaunchConfig: {"distributed_type": ("NO", "MULTI_GPU", "DEEPSPEED", "FSDP")},
     PersonaFuseConfig: {"similarity": ("equal", "cosine")},
     RouterConfig: {"encoder": ("causal", "sentence"), "pooling": ("last", "mean"), "granularity": GRANULARITIES},
     PersonaPlugConfig: {"prefix_scale": ("measured", "none"), "compat": (None, "reference")},
@@ -237,6 +241,7 @@ POSITIVE: dict[type, tuple[str, ...]] = {
     DistillConfig: ("repeats", "max_new_tokens", "max_length"),
     IntrospectConfig: ("turns", "reflection_tokens", "interaction_tokens"),
     FinetuneConfig: ("r", "max_input_length"),
+    LaunchConfig: ("num_processes", "num_machines"),
     JointConfig: ("learning_rate", "epochs", "batch_size", "beta", "max_new_tokens"),
     PersonaFuseConfig: ("tau", "max_length"),
     RouterConfig: ("temperature", "hidden", "dim", "max_length"),

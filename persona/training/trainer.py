@@ -63,7 +63,6 @@ class TrainerConfig:
     workers: int = 0  # processes that prepare batches
     resume: bool = True
     wandb: str = "offline"  # offline | online | disabled
-    deepspeed: str | None = None  # path of a DeepSpeed JSON; normally left to accelerate's own config
     cpu: bool = False  # stay on the CPU even where there is a GPU
 
 
@@ -286,7 +285,6 @@ def arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=["wandb"] if config.wandb != "disabled" else [],
-        deepspeed=config.deepspeed,
         use_cpu=config.cpu or not torch.cuda.is_available(),
         prediction_loss_only=True,
         **more,
