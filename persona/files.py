@@ -1,10 +1,15 @@
-"""Files appear whole or not at all: write beside the target, fsync, rename. Lines that are appended survive a kill."""
+"""Files appear whole or not at all: write beside the target, fsync, rename. Lines that are appended survive a kill.
+
+A writer that was killed leaves its temporary file; the next process that writes in that folder removes it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -12,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from persona.errors import UserError
@@ -29,6 +35,27 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# Temporary files say whose they are, so that one of a process that is no more can be told from one being written.
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_TEMPORARY = re.compile(rf"\..+\.(\d+)-{_HOST}\.[^.]*\.tmp")
+_swept: set[tuple[int, Path]] = set()
+
+
+def _prefix(target: Path) -> str:
+    """How the name of a temporary file or folder beside `target` begins.
+
+    Once a process and folder, what killed processes of this machine left there is removed; others' may be alive.
+    """
+    folder = target.parent.absolute()
+    if (os.getpid(), folder) not in _swept:
+        _swept.add((os.getpid(), folder))
+        for name in os.listdir(folder):
+            if (match := _TEMPORARY.fullmatch(name)) and not psutil.pid_exists(int(match[1])):
+                left = folder / name
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    return f".{target.name}.{os.getpid()}-{_HOST}."
 
 
 # safetensors reports a full disk as an error of its own.
@@ -49,7 +76,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(".tmp", _prefix(path), path.parent)
     except OSError as error:
         raise _explain(error, path) from error
     os.close(handle)
@@ -75,7 +102,7 @@ def atomic_folder(folder: Path | str) -> Iterator[Path]:
     folder = Path(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(".tmp", _prefix(folder), folder.parent))
         os.chmod(temporary, 0o755)
     except OSError as error:
         raise _explain(error, folder) from error
@@ -85,10 +112,10 @@ def atomic_folder(folder: Path | str) -> Iterator[Path]:
             if file.is_file():
                 file.chmod(0o666 & ~_umask())  # safetensors keeps others out as mkstemp does
                 _sync(file)
+        # A rename cannot replace a folder that holds files, so the old one steps aside first.
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed just here
         if folder.exists():
-            # A rename cannot replace a folder that holds files, so the old one steps aside first.
-            old = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
             try:
                 os.rename(temporary, folder)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import signal
 
 import pytest
 
@@ -48,6 +50,79 @@ def test_a_folder_replaces_the_old_one_and_nothing_of_it_stays(tmp_path):
             (temporary / "deep").mkdir()
             (temporary / "deep" / name).write_text(name)
     assert listing(tmp_path / "a" / "deep") == ["y"] and listing(tmp_path) == ["a"]
+
+
+def killed(act) -> None:
+    """A process that is killed in the middle of `act`."""
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            act(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def half_a_file(folder):
+    def act(die):
+        with atomic_write(folder / "a") as temporary:
+            temporary.write_text("half")
+            die()
+
+    return act
+
+
+def half_a_folder(folder):
+    def act(die):
+        with atomic_folder(folder / "b") as temporary:
+            (temporary / "x").write_text("half")
+            die()
+
+    return act
+
+
+def test_what_a_killed_writer_left_goes_at_the_next_write(tmp_path):
+    folder = tmp_path / "new"  # where this process has not written yet
+    for act in (half_a_file(folder), half_a_folder(folder)):
+        killed(act)
+        (left,) = listing(folder)
+        assert left.endswith(".tmp")
+    (folder / ".mine.tmp").touch()
+    with atomic_write(folder / "c") as temporary:
+        temporary.write_text("x")
+    assert listing(folder) == [".mine.tmp", "c"]
+
+
+def test_what_a_living_writer_has_so_far_stays(tmp_path):
+    with atomic_write(tmp_path / "one" / "a") as temporary:
+        temporary.write_text("half")
+        child = os.fork()
+        if not child:
+            try:
+                with atomic_write(tmp_path / "one" / "b"):
+                    pass
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert listing(temporary.parent) == [temporary.name, "b"]
+    assert listing(tmp_path / "one") == ["a", "b"]
+
+
+def test_killed_while_a_folder_is_replaced(tmp_path, monkeypatch):
+    """Between two renames the old one has stepped aside: the next write leaves the new one, and nothing beside it."""
+
+    def act(die):
+        rename = os.rename
+        monkeypatch.setattr(os, "rename", lambda a, b: die() if b == tmp_path / "b" else rename(a, b))
+        with atomic_folder(tmp_path / "b") as temporary:
+            (temporary / "x").write_text("2")
+
+    with atomic_folder(tmp_path / "b") as temporary:
+        (temporary / "x").write_text("1")
+    killed(act)
+    assert not (tmp_path / "b").exists()
+    with atomic_folder(tmp_path / "b") as temporary:
+        (temporary / "x").write_text("3")
+    assert (tmp_path / "b" / "x").read_text() == "3" and ".b.old" not in listing(tmp_path)
 
 
 def test_ordinary_permissions(tmp_path):

@@ -133,6 +133,7 @@ class _Metrics(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **logs}
+        row.pop("train_loss", None)  # a mean over the steps since the last start, which after a resume says nothing
         if self.started and state.global_step > self.started[1]:
             samples = (state.global_step - self.started[1]) * args.train_batch_size * args.world_size
             samples *= args.gradient_accumulation_steps
