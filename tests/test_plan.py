@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -12,12 +13,18 @@ import torch
 from rich.console import Console
 
 from persona import data
-from persona.config import TrainConfig, load_config
+from persona.config import CONFIGS, TrainConfig, check_overrides, load_config
+from persona.data.situations import expert_vector_of
 from persona.encoders import Encoder, EncoderConfig
 from persona.errors import UserError
 from persona.methods.finetune import UserAdapters, linear_shapes
+from persona.methods.persona_fuse.data import Rounds, Row, Twos, request_of
+from persona.methods.persona_fuse.synthesis import split_of
 from persona.methods.persona_plug import UserEmbedder
-from persona.plan import Part, memory, plan
+from persona.methods.steering import beginnings
+from persona.plan import plan
+from persona.plan.backends import Part
+from persona.plan.costs import Cost, Load
 from persona.plan.models import count_kept, lm_activations, meta_lm
 from persona.plan.sizes import data_size
 
@@ -27,6 +34,11 @@ PAPER = ["data=lamp", "data.task=LaMP_4", "trainer=paper", "plan_gpus=4", "metho
 
 def config(*overrides: str) -> TrainConfig:
     return load_config("train", list(overrides))
+
+
+def loaded(cfg: TrainConfig) -> tuple[Load, list[Cost]]:
+    """The training that holds the most."""
+    return plan(cfg).heaviest
 
 
 def count(parts: list[Part], start: str) -> int:
@@ -48,7 +60,7 @@ def count(parts: list[Part], start: str) -> int:
     ],
 )
 def test_published_sizes(model: str, parameters: int, projector: int) -> None:
-    made = plan(config(f"model={model}", *PAPER))
+    made, _ = loaded(config(f"model={model}", *PAPER))
     assert count(made.parts, "base LM") == parameters
     assert count(made.parts, "query encoder") == 108_891_648  # BERT-base, 109.48 million, without its pooler
     assert count(made.parts, "projector") == count(made.parts, "instruction projector") == projector
@@ -65,15 +77,15 @@ def test_base_and_adapters_as_really_built(name: str, load_base, model_folder) -
     base = load_base(name)
     here = [f"model.path={model_folder(name)}", *SMALL_TOWN]
     total = sum(p.numel() for p in base.model.parameters())
-    lora = plan(config(*here, "method=finetune_lora", "method.r=3"))
+    lora, _ = loaded(config(*here, "method=finetune_lora", "method.r=3"))
     assert count(lora.parts, "base LM") == total
     settings = LoraConfig(r=3, target_modules="all-linear")
     adapted = get_peft_model(type(base.model)(base.model.config), settings)
     assert lora.trainable == sum(p.numel() for p in adapted.parameters() if p.requires_grad) > 0
-    users = plan(config(*here, "method=user_lora", "method.r=3"))
+    users, _ = loaded(config(*here, "method=user_lora", "method.r=3"))
     own = UserAdapters(linear_shapes(base.model), 2, 3, 32)  # the two residents of dev
     assert users.trainable == sum(p.numel() for p in own.parameters()) > 0
-    full = plan(config(*here, "method=finetune_full"))
+    full, _ = loaded(config(*here, "method=finetune_full"))
     assert full.trainable == total
 
 
@@ -91,14 +103,14 @@ def test_user_embedder_as_really_built(settings: list[str], llama, model_folder,
     encoder = [f"method.encoder.name={encoder_folder}", "method.encoder.pooling=mean"]
     cfg = config(f"model.path={model_folder('llama')}", *encoder, *settings, *SMALL_TOWN)
     real = UserEmbedder(cfg.method, Encoder(cfg.method.encoder), llama.hidden_size, 1.0)
-    made = plan(cfg)
+    made, _ = loaded(cfg)
     assert made.trainable == sum(p.numel() for p in real.parameters() if p.requires_grad) > 0
     embedder = sum(part.parameters for part in made.parts if part.name != "base LM")
     assert embedder == sum(p.numel() for p in real.parameters())
 
 
 def test_minilm_is_counted_from_its_own_config() -> None:
-    made = plan(config(*SMALL_TOWN))
+    made, _ = loaded(config(*SMALL_TOWN))
     real = Encoder(EncoderConfig()).module()
     assert count(made.parts, "query encoder") == sum(p.numel() for p in real.parameters())
 
@@ -108,7 +120,7 @@ def test_no_weight_is_needed(model_folder, tmp_path: Path) -> None:
     folder.mkdir()
     shutil.copy(model_folder("llama") / "config.json", folder)
     made = plan(config(f"model.path={folder}", "method=finetune_lora", *SMALL_TOWN))
-    assert count(made.parts, "base LM") > 0
+    assert count(made.heaviest[0].parts, "base LM") > 0 and made.data
     assert "1.3 per word" in made.data.source  # no tokenizer either
     assert all(parameter.is_meta for parameter in meta_lm(str(folder), None, {}, torch.float32).parameters())
 
@@ -148,67 +160,29 @@ def test_activations_are_those_of_a_real_forward(name: str, trained: bool, model
 
 
 def test_checkpointing_keeps_less_and_gradients_cost_more() -> None:
-    plug = plan(config("model=llama2_7b", *PAPER)).memory[0].activations
-    assert (
-        plan(config("model=llama2_7b", *PAPER, "trainer.gradient_checkpointing=true")).memory[0].activations < plug / 3
-    )
-    twice = plan(config("model=llama2_7b", *PAPER, "trainer.batch_size=4")).memory[0].activations
-    assert 1.9 < twice / plug <= 2.01
-
-
-# ---- memory --------------------------------------------------------------------------------------------------------
-
-PARTS = [Part("base LM", 1000, False, 2), Part("embedder", 100, True, 4)]
-
-
-@pytest.mark.parametrize(
-    ("layout", "gpus", "weights", "gradients", "optimizer"),
-    [
-        ("one GPU", 1, 1000 * 2 + 100 * 4 + 100 * 2, 400, 800),
-        ("DDP", 4, 1000 * 2 + 100 * 4 + 100 * 2, 800, 800),
-        ("ZeRO-1", 4, 1100 * 2, 200, 300),
-        ("ZeRO-2", 4, 1100 * 2, 50, 300),
-        ("ZeRO-3", 4, 550, 50, 300),
-    ],
-)
-def test_memory_by_hand(layout: str, gpus: int, weights: int, gradients: int, optimizer: int) -> None:
-    made = memory(layout, gpus, PARTS, bf16=True, activations=7, logits=5)
-    assert (made.weights, made.gradients, made.optimizer) == (weights, gradients, optimizer)
-    assert made.total == weights + gradients + optimizer + 12
-
-
-def test_memory_in_float32_and_of_what_zero_does_not_divide() -> None:
-    parts = [Part("trained copy", 100, True, 4), Part("as it was", 100, False, 4, sharded=False)]
-    plain = memory("one GPU", 1, parts, bf16=False, activations=0, logits=0)
-    assert (plain.weights, plain.gradients, plain.optimizer) == (800, 400, 800)
-    assert memory("ZeRO-3", 4, parts, bf16=False, activations=0, logits=0).weights == 400 + 100
-
-
-def test_layouts_follow_the_number_of_gpus() -> None:
-    four = plan(config("model=flan_t5_xl", *PAPER))
-    assert [(m.layout, m.gpus) for m in four.memory] == [
-        *(("one GPU", 1), ("DDP", 4), ("ZeRO-1", 4), ("ZeRO-2", 4), ("ZeRO-3", 4)),
-    ]
-    totals = [m.total for m in four.memory]
-    assert totals[1] > totals[2] > totals[3] > totals[4]
-    assert len(plan(config("model=flan_t5_xl", *PAPER, "plan_gpus=1")).memory) == 1
+    plug = loaded(config("model=llama2_7b", *PAPER))[0]
+    less = loaded(config("model=llama2_7b", *PAPER, "trainer.gradient_checkpointing=true"))[0]
+    assert less.activations < plug.activations / 3
+    assert 1.3 < less.flops / plug.flops < 1.5  # one forward more: half of a forward and a backward without weights'
+    twice = loaded(config("model=llama2_7b", *PAPER, "trainer.batch_size=4"))[0].activations
+    assert 1.9 < twice / plug.activations <= 2.01
 
 
 # ---- tokens and steps ----------------------------------------------------------------------------------------------
 
 
 def test_steps_of_the_paper_by_hand() -> None:
-    made = plan(config("experiment=persona_plug_flan_t5_xl", "data.task=LaMP_4"))
-    assert made.data.samples == 12_500 * 11
-    assert made.global_batch == 64
+    made, costs = loaded(config("experiment=persona_plug_flan_t5_xl", "data.task=LaMP_4"))
+    assert made.samples == 12_500 * 11
+    alone, four = costs[:2]
     # 137,500 samples in 17,188 batches of 2 on 4 GPUs, 8 of them a step; two epochs
-    assert (made.steps_per_epoch, made.steps) == (2149, 4298)
+    assert (four.global_batch, four.steps_per_epoch, four.steps) == (64, 2149, 4298)
+    assert (alone.gpus, alone.accumulation, alone.global_batch, alone.steps_per_epoch) == (1, 32, 64, 2149)
     per_sample = 29.97 + (10.07 + 1) + 2  # prompt, reply and its end, [I; P_u]
-    assert made.tokens_per_step == round(64 * per_sample)
-    assert made.tokens_per_epoch == round(137_500 * per_sample)
+    assert four.tokens_per_step == round(64 * per_sample)
     logits = 2 * (21 * 32_128) * (2 + 12)  # decoder positions: 10.07 + 3 · 3.10, rounded up, and the end
-    assert made.memory[0].logits == logits
-    assert plan(config("experiment=persona_plug_flan_t5_xl", "trainer.max_steps=7")).steps == 7
+    assert alone.memory.logits == logits
+    assert loaded(config("experiment=persona_plug_flan_t5_xl", "trainer.max_steps=7"))[1][0].steps == 7
 
 
 def test_the_size_of_real_data_is_counted() -> None:
@@ -250,15 +224,16 @@ def test_the_stages_of_a_character_by_hand(tmp_path: Path) -> None:
     }
     counts = {part.stage: (part.count, part.rows * part.length) for part in made.stages.trainings}
     assert counts == {"dpo": (24, 2048), "sft": (80, 3072)}
-    assert "stage sft" in made.title
+    assert [load.title.rpartition(" ")[2] for load, _ in made.trainings] == ["dpo", "sft"]
+    (dpo, _), (sft, costs) = made.trainings
     # 80 transcripts in 20 batches of 2 on 2 GPUs, 16 of them a step; two epochs
-    assert (made.steps_per_epoch, made.steps, made.global_batch) == (2, 4, 64)
-    assert made.tokens_per_epoch == 80 * 3072
-    assert made.memory[0].logits == 4096 * 32768 * 8
-    assert count(made.parts, "base LM") == 8_030_261_248
+    assert (costs[1].steps_per_epoch, costs[1].steps, costs[1].global_batch) == (2, 4, 64)
+    assert (sft.samples, sft.tokens, dpo.samples, dpo.tokens) == (80, 3072, 24, 2048)
+    assert costs[0].memory.logits == 4096 * 32768 * 8
+    assert count(sft.parts, "base LM") == 8_030_261_248
     # Rank 64: A and B of q, k, v, o, gate, up and down in 32 layers.
     widths = (4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 14336) * 3
-    assert made.trainable == 64 * 32 * widths
+    assert sft.trainable == dpo.trainable == 64 * 32 * widths
 
 
 def test_the_stages_of_apc_by_hand(tmp_path: Path) -> None:
@@ -277,7 +252,7 @@ def test_the_stages_of_apc_by_hand(tmp_path: Path) -> None:
     }
     (training,) = made.stages.trainings
     assert (training.count, training.rows, training.length) == (9, 2, 1536)
-    assert count(made.parts, "base LM") == 8_537_680_896
+    assert count(made.heaviest[0].parts, "base LM") == 8_537_680_896
     town = plan(config("experiment=town_apc", "data.train=2", "method.reward=judge"))
     assert town.stages
     kinds = [(part.stage, part.what) for part in town.stages.texts]
@@ -291,7 +266,7 @@ def test_the_stages_of_apc_by_hand(tmp_path: Path) -> None:
 def test_a_method_that_trains_nothing_has_the_lm_and_its_cache() -> None:
     cfg = config("experiment=town_assistant_axis", "model.batch_size=4", "data.questions=2", "method.max_new_tokens=9")
     made = plan(cfg)
-    assert made.stages and made.trainable == 0 and made.stages.trainings == []
+    assert made.stages and made.trainings == [] and made.stages.trainings == [] and made.held
     people = data.load(cfg.data)
     plain = sum(sample.metadata["kind"] == "default" for sample in people.train)
     counts = [(text.stage, text.count) for text in made.stages.texts]
@@ -303,10 +278,71 @@ def test_a_method_that_trains_nothing_has_the_lm_and_its_cache() -> None:
     lm = load_config("train", ["model=town"]).model
     hf = meta_lm(lm.path, None, {}, torch.float32).config
     width = hf.num_key_value_heads * hf.hidden_size // hf.num_attention_heads
-    assert made.memory[0].activations == 4 * longest * hf.num_hidden_layers * width * 2 * 4
+    assert made.held.activations == 4 * longest * hf.num_hidden_layers * width * 2 * 4
     out = io.StringIO()
     made.print(Console(file=out, width=160))
     assert "trains" in out.getvalue() and "tokens per step" not in out.getvalue()
+
+
+def test_the_stages_of_persona_fuse_by_hand(tmp_path: Path) -> None:
+    rows = [{"id": f"q{i}", "messages": [{"role": "user", "content": f"query {i}"}]} for i in range(40)]
+    pool = tmp_path / "queries.jsonl"
+    pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = config(
+        *("method=persona_fuse", "trainer=persona_fuse", "model=llama31_8b", "data=situations", f"data.path={pool}"),
+        *("method.joint.objective=dpo", "teacher=endpoint", "teacher.endpoint.model=big", "plan_gpus=2"),
+        *("method.max_length=64", "method.router.max_length=32"),
+    )
+    made = plan(cfg)
+    assert made.stages
+    train = sum(split_of(f"query {i}", 0) == "train" for i in range(40))
+    texts = [(text.stage, text.by, text.count, text.tokens) for text in made.stages.texts]
+    assert texts == [
+        *[("synthesis", "big", 40, tokens) for tokens in (2048, 16, 128)],  # without a judge the teacher judges
+        ("joint", "the base LM", train, 256),
+    ]
+    (warm, warm_costs), (router, _), (joint, _) = made.trainings
+    # each query calls for five poles at most: an epoch has half as many rounds, of ten rows each
+    assert (warm.samples, warm.batch, warm.epochs, warm.tokens) == (train * 5 // 10 + (train % 2), 4, 3, 640)
+    assert (router.samples, router.batch, router.tokens) == (math.ceil(train / 2), 128, 2 * 32)
+    assert (joint.samples, joint.batch, joint.tokens) == (math.ceil(train / 2), 8, 4 * 64)
+    # the published sizes: rank 16 of ten experts over q, k, v, o, gate, up, down, and Qwen2.5-0.5B's 494 million
+    widths = (4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 14336) * 3
+    assert warm.trainable == 10 * 16 * 32 * widths
+    head = (896 + 1) * 512 + (512 + 1) * 256 + 11 * 256
+    assert router.trainable == 494_032_768 + head and joint.trainable == warm.trainable + router.trainable
+    # all ten run in the joint stage, one of them for a row of the warm-up: per token 6 operations per weight of them
+    lm = count(warm.parts, "base LM") - 128_256 * 4096 * 2
+    low, high = warm.flops / 10, joint.flops / 4
+    assert high - low > 6 * 64 * 9 * 16 * 32 * widths
+    assert 4 * 64 * lm < low < 4.3 * 64 * lm
+    assert warm_costs[0].global_batch == 8
+
+
+def test_annotated_situations_are_counted_as_they_are() -> None:
+    cfg = config("experiment=town_persona_fuse", "method.skip=[router]")
+    made = plan(cfg)
+    people = data.load(cfg.data)
+    (warm, _), (joint, _) = made.trainings
+    rows = [row.vector for row in _rows(people.train)]
+    assert warm.samples == len(Rounds(_rows(people.train), range(10), 0))
+    assert joint.samples == len(Twos(_rows(people.train), 0)) and len(rows) == len(people.train)
+
+
+def _rows(samples) -> list[Row]:
+    return [Row(s.id, request_of(s), s.target, [], [], expert_vector_of(s)) for s in samples]
+
+
+def test_steering_reads_its_beginnings_twice(tmp_path: Path) -> None:
+    (tmp_path / "me.txt").write_text("I am calm.\n- What now?\nI am kind.\n- Who?\n")
+    made = plan(config("method=steering", "data=constitution", f"data.path={tmp_path / 'me.txt'}", "model=llama31_8b"))
+    assert made.stages and made.held and made.trainings == []
+    told, untold = made.stages.texts
+    assert told.count == untold.count == len(beginnings("english")) + 1
+    assert told.tokens > untold.tokens and told.read and untold.read
+    out = io.StringIO()
+    made.print(Console(file=out, width=160))
+    assert "read by the base LM" in out.getvalue() and "fits H100" in out.getvalue()
 
 
 def test_stages_are_printed_and_prose_is_refused(tmp_path: Path) -> None:
@@ -320,12 +356,38 @@ def test_stages_are_printed_and_prose_is_refused(tmp_path: Path) -> None:
 
 # ---- what is said --------------------------------------------------------------------------------------------------
 
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+# What an experiment needs that is not in the package.
+GIVEN = {
+    "apc_gemma_7b": ["data.path={}/ada.txt"],
+    "character_llama31_8b": ["data.path={}/me.txt"],
+    "assistant_axis_qwen3_32b": ["data.path={}"],
+}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_a_plan(name: str, tmp_path: Path) -> None:
+    (tmp_path / "ada.txt").write_text("Name: Ada\nJob: baker\n")
+    (tmp_path / "me.txt").write_text("I am calm.\n- What now?\n")
+    instructions = tmp_path / "roles" / "instructions"
+    instructions.mkdir(parents=True)
+    (instructions / "baker.json").write_text(json.dumps({"instruction": [{"pos": "Be a baker."}], "eval_prompt": "?"}))
+    (instructions / "default.json").write_text(json.dumps({"instruction": [{"pos": ""}]}))
+    (tmp_path / "roles" / "role_list.json").write_text(json.dumps({"baker": "bakes"}))
+    (tmp_path / "extraction_questions.jsonl").write_text(json.dumps({"id": 0, "question": "Who are you?"}) + "\n")
+    made = plan(config(f"experiment={name}", *(given.format(tmp_path) for given in GIVEN.get(name, []))))
+    out = io.StringIO()
+    made.print(Console(file=out, width=200))
+    assert "H100" in out.getvalue()
+    for load, costs in made.trainings:
+        assert load.flops > 0 and load.activations > 0 and all(one.gpu_hours > 0 for one in costs)
+
 
 def test_it_prints_what_it_found() -> None:
     out = io.StringIO()
     plan(config("experiment=persona_plug_flan_t5_xxl", "data.task=LaMP_3")).print(Console(file=out, width=160))
     text = out.getvalue()
-    for part in ("11,135,332,352", "148,758,784 (1.32 %)", "ZeRO-3 × 4", "activations", "64 samples", "table 6"):
+    for part in ("11,135,332,352", "148,758,784 (1.32 %)", "zero3", "activations", "64 samples", "table 6"):
         assert part in text
 
 
@@ -336,5 +398,9 @@ def test_what_cannot_be_planned_is_said_in_a_sentence() -> None:
         plan(config("model.path=nobody/nothing", *SMALL_TOWN))
     with pytest.raises(UserError, match="model.architecture does not describe a model"):
         plan(config("model.path=nobody/nothing", "+model.architecture.model_type=lama", *SMALL_TOWN))
-    with pytest.raises(UserError, match="method=steering has no plan"):
-        plan(load_config("train", ["method=steering", "plan=true"]))
+    with pytest.raises(UserError, match="plan_gpus=6 should be a multiple of plan_nodes=4"):
+        plan(config(*SMALL_TOWN, "plan_gpus=6", "plan_nodes=4"))
+    with pytest.raises(UserError, match="plan_rates.utilisation=1.5 should be above 0 and at most 1"):
+        plan(config(*SMALL_TOWN, "plan_rates.utilisation=1.5"))
+    with pytest.raises(UserError, match="plan_rates.gpu=H10 is unknown; did you mean H100"):
+        check_overrides(["plan_rates.gpu=H10"], "train")

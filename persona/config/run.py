@@ -33,6 +33,7 @@ from omegaconf import DictConfig
 
 from persona.config import launch
 from persona.config.compose import CONFIGS, bind, check_overrides, same_config, unswept
+from persona.config.rates import PlanRates
 from persona.config.schemas import TrainConfig
 from persona.errors import UserError
 from persona.files import atomic_write, write_json
@@ -125,7 +126,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "d
 
 # What may change between a run and the command that goes on with it: nothing here moves a weight.
 RESUMABLE = {
-    *("name", "output", "stage", "plan", "plan_gpus", "model.batch_size", "model.device", "model.device_map"),
+    *("name", "output", "stage", "model.batch_size", "model.device", "model.device_map"),
+    *("plan", "plan_gpus", "plan_nodes", *(f"plan_rates.{part.name}" for part in fields(PlanRates))),
     *(f"trainer.{key}" for key in ("resume", "wandb", "workers", "keep_checkpoints", "log_every", "cpu")),
     *("trainer.eval_every", "trainer.save_every"),
     *(f"launch.{part.name}" for part in fields(launch.LaunchConfig)),

@@ -42,6 +42,7 @@ from persona.benchmarks.tombench import ToMBenchConfig
 from persona.benchmarks.town_tasks import TownTasksConfig
 from persona.benchmarks.town_traits import TownTraitsConfig
 from persona.config.launch import LaunchConfig
+from persona.config.rates import CARDS, PlanRates
 from persona.data import (
     BiographyConfig,
     ConstitutionConfig,
@@ -94,8 +95,9 @@ class RoleConfig:
 @dataclass
 class TrainConfig:
     """`python train.py`. `personalizers` is the stack that the method is trained on top of (directories, names, or
-    {name: settings}); `plan_gpus` is read by `plan=true` only, which prints sizes and trains nothing. Methods made of
-    stages ask a `teacher` (null: the base LM itself) and a `judge`, and with `stage` run that one alone."""
+    {name: settings}). Methods made of stages ask a `teacher` (null: the base LM itself) and a `judge`, and with
+    `stage` run that one alone. `plan=true` trains nothing and prints what a run would need on `plan_gpus` GPUs, those
+    of all `plan_nodes` nodes, at the rates of `plan_rates`."""
 
     name: str = MISSING
     output: str = MISSING
@@ -110,6 +112,8 @@ class TrainConfig:
     stage: str | None = None
     plan: bool = False
     plan_gpus: int = 1
+    plan_nodes: int = 1
+    plan_rates: PlanRates = field(default_factory=PlanRates)
 
 
 @dataclass
@@ -212,6 +216,7 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     LaunchConfig: {"distributed_type": ("NO", "MULTI_GPU", "DEEPSPEED", "FSDP")},
     PersonaFuseConfig: {"similarity": ("equal", "cosine")},
     RouterConfig: {"encoder": ("causal", "sentence"), "pooling": ("last", "mean"), "granularity": GRANULARITIES},
+    PlanRates: {"gpu": tuple(CARDS)},
     PersonaPlugConfig: {"prefix_scale": ("measured", "none"), "compat": (None, "reference")},
     RoleConfig: {"kind": ("none", "local", "endpoint", "random", "oracle")},
     PeopleBenchmarkConfig: {"split": ("train", "dev", "test")},
@@ -266,7 +271,8 @@ POSITIVE: dict[type, tuple[str, ...]] = {
     PersonaGymConfig: ("seeds", "questions"),
     RevealedPreferencesConfig: ("pairs",),
     ToMBenchConfig: ("tries",),
-    TrainConfig: ("plan_gpus",),
+    TrainConfig: ("plan_gpus", "plan_nodes"),
+    PlanRates: ("utilisation", "inter", "disk"),
 }
 
 

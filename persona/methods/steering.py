@@ -84,6 +84,16 @@ def steered_layers(count: int) -> range:
     return layers
 
 
+def beginnings(prompts: str) -> list[str]:
+    """The different lines of steering_beginnings.txt. Raises UserError when it cannot be read."""
+    path = SHIPPED.get(prompts, Path(prompts)) / "steering_beginnings.txt"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}, one beginning of a reply a line, could not be read: {error}") from error
+    return [line for line in dict.fromkeys(lines) if line.strip()]
+
+
 def contrast(
     under: LanguageModel, persona: Persona, prompts: str, layers: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -98,14 +108,9 @@ def contrast(
         )
     (question,) = prompt_file(prompts, "steering_question").messages()
     user = Message("user", question.content)
-    path = SHIPPED.get(prompts, Path(prompts)) / "steering_beginnings.txt"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}, one beginning of a reply a line, could not be read: {error}") from error
-    beginnings = [[], *(under.base.encode_option(line) for line in dict.fromkeys(lines) if line.strip())]
-    requests = [Request(messages) for messages in ((Message("system", system), user), (user,)) for _ in beginnings]
-    replies = beginnings * 2
+    begun = [[], *(under.base.encode_option(line) for line in beginnings(prompts))]
+    requests = [Request(messages) for messages in ((Message("system", system), user), (user,)) for _ in begun]
+    replies = begun * 2
     states = last_states(
         under.base,
         under.rows(requests, [len(reply) for reply in replies]),
@@ -114,7 +119,7 @@ def contrast(
         lambda indices: under.edit([requests[i] for i in indices]),
         under.batch_size,
     ).numpy()
-    return states[: len(beginnings)], states[len(beginnings) :]
+    return states[: len(begun)], states[len(begun) :]
 
 
 def train(config: SteeringConfig, under: LanguageModel, people: People, trainer: TrainerConfig, out: Path) -> Path:

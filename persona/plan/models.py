@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers import PreTrainedConfig as HFConfig
 
@@ -32,6 +33,14 @@ ENCODERS: dict[str, dict[str, Any]] = {
     },
     "facebook/contriever": BERT_BASE,
     "facebook/contriever-msmarco": BERT_BASE,
+}
+
+# The same of causal LMs that read situations for PersonaFuse's router.
+READERS: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen2.5-0.5B": {
+        **{"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24},
+        **{"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    },
 }
 
 
@@ -118,9 +127,12 @@ def count_kept(model: nn.Module, forward: Callable[[], Any]) -> int:
     return sum(size for size, _ in kept.values())
 
 
-def lm_activations(model: nn.Module, batch: int, prompt: int, reply: int, prefix: int | None) -> int:
-    """Bytes that autograd keeps of one forward over [batch, prompt + reply] tokens (encoder-decoder: prompt in the
-    encoder, reply in the decoder). `prefix` vectors in front carry gradients; None: nothing in front does."""
+def lm_forward(
+    model: nn.Module, batch: int, prompt: int, reply: int, prefix: int | None, logits: int | None = None
+) -> Callable[[], Any]:
+    """A forward of `model` over [batch, prompt + reply] tokens (encoder-decoder: prompt in the encoder, reply in the
+    decoder). `prefix` vectors in front carry gradients; None: nothing in front does. `logits`: of the last so many
+    positions only."""
     config = model.config
     dtype = model.get_input_embeddings().weight.dtype
     decoder_only = not config.is_encoder_decoder
@@ -132,7 +144,26 @@ def lm_activations(model: nn.Module, batch: int, prompt: int, reply: int, prefix
     inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False}
     if not decoder_only:
         inputs["decoder_input_ids"] = torch.zeros(batch, reply, device=META, dtype=torch.long)
-    return count_kept(model, lambda: model(**inputs))
+    if logits is not None:
+        inputs["logits_to_keep"] = logits
+    return lambda: model(**inputs)
+
+
+def lm_activations(model: nn.Module, batch: int, prompt: int, reply: int, prefix: int | None) -> int:
+    """Bytes that autograd keeps of one forward as `lm_forward` makes it."""
+    return count_kept(model, lm_forward(model, batch, prompt, reply, prefix))
+
+
+def count_flops(forward: Callable[[], Tensor], recomputes: bool = False) -> int:
+    """Operations of the matrix products in `forward` and in the backward pass from what it returns (none where it
+    carries no gradient), as PyTorch counts them; with `recomputes` the forward counts twice."""
+    with FlopCounterMode(display=False) as there:
+        output = forward()
+    if not output.requires_grad:
+        return int(there.get_total_flops())
+    with FlopCounterMode(display=False) as back:
+        output.sum().backward()
+    return int(there.get_total_flops() * (1 + recomputes) + back.get_total_flops())
 
 
 def checkpointed(model: nn.Module, measure: Callable[[], int]) -> int:
