@@ -33,7 +33,8 @@ from persona.types import Request, Sample, Sampling, Score
 
 LETTERS = string.ascii_uppercase
 LANGUAGES = ("en", "zh")
-MODES = ("text", "likelihood")
+MODES = ("text", "likelihood")  # of every benchmark of choices
+OWN_MODES = (*MODES, "reasoning")
 # Task -> the key of each question in a reply, and the fields that hold its options and the right one.
 TASKS = {
     "EA": {"answer": ("choices", "label")},
@@ -44,7 +45,7 @@ TASKS = {
 }
 _SAMPLES = Path(__file__).parent / "samples" / "emobench"
 _PROMPTS = Path(__file__).parent / "prompts" / "emobench"
-PROMPTS = {name: Prompt.load(_PROMPTS / f"{name}.md") for name in ("EA_en", "EA_zh", "EU_en", "EU_zh")}
+PROMPTS = {path.stem: Prompt.load(path) for path in sorted(_PROMPTS.glob("*.md"))}
 SLOTS = {"EA": ("options",), "EU": ("emotions", "causes")}  # of the prompts, in the order of the questions
 BREAKDOWNS = {"EA": ("category", "question type"), "EU": ("coarse_category", "finegrained_category")}
 _KINDS = {"en": {}, "zh": {"action": "行动", "response": "回应"}}  # the Chinese rows have the English words too
@@ -166,7 +167,8 @@ def _options(row: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
 
 @dataclass
 class EmoBenchConfig(FileBenchmarkConfig):
-    """`path`: a folder with EA.jsonl and EU.jsonl. `mode`: "text" reads the letters that the model writes,
+    """`path`: a folder with EA.jsonl and EU.jsonl. `mode`: "text" reads the letters that the model writes, "reasoning"
+    asks it to reason first, in the same JSON object (the published chain-of-thought variant; raise `max_new_tokens`),
     "likelihood" takes the likeliest of all replies that the form allows. `seed` draws the orders of options (in the
     published order under compat), and which rows a `limit` takes.
     """
@@ -183,13 +185,15 @@ class EmoBench(Benchmark):
     name = "emobench"
     version = "1"
     primary = "accuracy"
-    prompts = tuple(PROMPTS.values())
 
     def __init__(self, config: EmoBenchConfig) -> None:
-        for key, value, known in (("language", config.language, LANGUAGES), ("mode", config.mode, MODES)):
+        for key, value, known in (("language", config.language, LANGUAGES), ("mode", config.mode, OWN_MODES)):
             if value not in known:
                 raise UserError(f"benchmark.{key}={value} is unknown; it should be {' or '.join(known)}")
         self.config = config
+        kind = "_reasoning" if config.mode == "reasoning" else ""
+        self._prompt = {task: PROMPTS[f"{task}_{config.language}{kind}"] for task in TASKS}
+        self.prompts = tuple(self._prompt.values())
         place = config.path or str(_SAMPLES)
         read = [read_items(official_file(place, f"{task}.jsonl"), task, config.language) for task in TASKS]
         items = [self._ordered(item) for part in read for item in part]
@@ -212,14 +216,14 @@ class EmoBench(Benchmark):
             "EU_emotion": Metric(description="share of EU items with the right emotion"),
             "EU_cause": Metric(description="share of EU items with the right cause"),
         }
-        if config.compat is None and config.mode == "text":
+        if config.compat is None and config.mode != "likelihood":
             self.metrics["accuracy_all"] = Metric(
                 aggregate="group_mean",
                 columns=("right_all", "task"),
                 classes=2,
                 description="accuracy with replies that cannot be read as wrong",
             )
-        if config.mode == "text":
+        if config.mode != "likelihood":
             self.metrics["invalid"] = Metric(False, description="share of replies that cannot be read")
 
     def _ordered(self, item: Item) -> Item:
@@ -232,7 +236,7 @@ class EmoBench(Benchmark):
     def _sample(self, item: Item) -> Sample:
         shown = dict(zip(SLOTS[item.task], item.options.values(), strict=True))
         slots = {**item.slots, **{name: lettered(options) for name, options in shown.items()}}
-        messages = PROMPTS[f"{item.task}_{self.config.language}"].messages(**slots)
+        messages = self._prompt[item.task].messages(**slots)
         options = None
         if self.config.mode == "likelihood":
             letters = itertools.product(*(LETTERS[: len(shown)] for shown in item.options.values()))

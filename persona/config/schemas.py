@@ -24,7 +24,7 @@ from persona.benchmarks.coherence import CoherenceConfig
 from persona.benchmarks.counselling import CounsellingConfig
 from persona.benchmarks.drift import DriftConfig
 from persona.benchmarks.drift_harm import DriftHarmConfig
-from persona.benchmarks.emobench import LANGUAGES, EmoBenchConfig
+from persona.benchmarks.emobench import LANGUAGES, OWN_MODES, EmoBenchConfig
 from persona.benchmarks.emobench import MODES as CHOICE_MODES
 from persona.benchmarks.eq_bench import EQBenchConfig
 from persona.benchmarks.lm_eval import LmEvalConfig
@@ -222,7 +222,7 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     PeopleBenchmarkConfig: {"split": ("train", "dev", "test")},
     APCBenchmarkConfig: {"split": ("train", "dev", "test"), "compat": (None, "reference")},
     FileBenchmarkConfig: {"compat": (None, "reference")},
-    EmoBenchConfig: {"language": LANGUAGES, "mode": CHOICE_MODES},
+    EmoBenchConfig: {"language": LANGUAGES, "mode": OWN_MODES},
     ToMBenchConfig: {"language": LANGUAGES, "mode": CHOICE_MODES},
     CounsellingConfig: {"compat": (None,)},
     ReviewReplyConfig: {"compat": (None,)},

@@ -186,6 +186,22 @@ def test_compat_counts_unreadable_replies_as_wrong_and_reads_by_the_published_ru
     assert values(run(ours, answers(ours, replies), tmp_path / "ours")[0])["accuracy"] == 1
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_reasoning_comes_first_and_is_not_read(tmp_path, language):
+    benchmark = build(EmoBenchConfig(mode="reasoning", language=language))
+    for sample in benchmark.samples():
+        form, keys = sample.messages[0].content, ["reasoning", *json.loads(sample.target)]
+        places = [form.index(f'"{key}"') for key in keys]
+        assert places == sorted(places)
+    plain = build(EmoBenchConfig(language=language))
+    assert [s.messages[1] for s in benchmark.samples()] == [s.messages[1] for s in plain.samples()]
+    replies = [json.dumps({"reasoning": "A? No: B or {C}.", **json.loads(s.target)}) for s in benchmark.samples()]
+    replies[0] = '{"reasoning": "It could be B'  # cut
+    found = values(run(benchmark, answers(benchmark, replies), tmp_path)[0])
+    assert (found["accuracy"], found["invalid"]) == (1, pytest.approx(1 / 6))
+    assert {prompt.name for prompt in benchmark.prompts}.isdisjoint(prompt.name for prompt in plain.prompts)
+
+
 def test_likelihood_takes_the_likeliest_of_all_replies_the_form_allows(tmp_path):
     benchmark = build(EmoBenchConfig(mode="likelihood"))
     sizes = [len(s.options) for s in benchmark.samples()]
