@@ -69,7 +69,8 @@ class RouterStageConfig:
 @dataclass
 class JointConfig:
     """`objective`: "sft", or "dpo" with what the LM itself says without experts as rejected reply (of at most
-    `max_new_tokens`, sampled at `temperature`). The weights are of the router's losses."""
+    `max_new_tokens`, sampled at `temperature`). The weights are of the router's losses. Of these only the gate KL says
+    that neutral queries are the null expert's: without it their gates drift to the poles (docs/persona_fuse.md)."""
 
     learning_rate: float = 5e-5
     epochs: float = 1.0
@@ -80,7 +81,7 @@ class JointConfig:
     temperature: float = 1.0
     contrastive: float = 0.1
     consistency: float = 0.1
-    kl: float = 0.0
+    kl: float = 0.5
     balance: float = 0.01
 
 

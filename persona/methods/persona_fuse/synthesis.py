@@ -248,7 +248,7 @@ def stage(
     checked = {"judges": [identity(judge) for judge in judges], "prompts": [SAFE.prompt.hash, SHOWN.prompt.hash]}
 
     def run(folder: Path) -> None:
-        """Raises UserError for what `generate` and `stratified` raise."""
+        """Raises UserError for what `generate` and `stratified` raise, and when no query is left."""
         texts = {sample.id: shown(sample.messages) for sample in pool}
         dropped: list[dict[str, Any]] = []
 
@@ -283,6 +283,11 @@ def stage(
         for later, first in twice.items():
             dropped.append({"id": rows[later]["id"], "reason": DUPLICATE, "of": rows[first]["id"]})
         rows = [row for number, row in enumerate(rows) if number not in twice]
+        if not rows:
+            raise UserError(
+                f"none of {len(pool)} queries is left to learn from ({_reasons(dropped)}): analyses.jsonl "
+                f"and checks.jsonl in {folder} have what teacher and judge said"
+            )
         kept, spare = stratified(rows, config.pole_floor, config.neutral_floor, seed)
         dropped.extend({"id": row["id"], "reason": COMMON} for row in spare)
         if place(processes)[0] == 0:
@@ -325,5 +330,8 @@ def _sft(rows: Sequence[Mapping[str, Any]], pool: Mapping[str, Sample], seed: in
 
 def _report(dropped: Sequence[Mapping[str, Any]], of: int) -> None:
     if dropped:
-        told = "; ".join(f"{n} × {why}" for why, n in Counter(row["reason"] for row in dropped).most_common())
-        logger.warning("%d of %d queries are left out (%s)", len(dropped), of, told)
+        logger.warning("%d of %d queries are left out (%s)", len(dropped), of, _reasons(dropped))
+
+
+def _reasons(dropped: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(f"{n} × {why}" for why, n in Counter(row["reason"] for row in dropped).most_common())

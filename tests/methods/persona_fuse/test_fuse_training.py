@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import persona
 from persona.data.base import People
-from persona.data.situations import POLES
+from persona.data.situations import POLES, expert_vector_of
 from persona.errors import UserError
 from persona.methods import persona_fuse
 from persona.methods.persona_fuse import training
@@ -131,6 +131,9 @@ def test_the_router_learns_and_the_experts_do_too(llama, tmp_path):
     fuse = persona.load(llama, [run(llama, tmp_path, **changes)])
     found = json.loads((tmp_path / "stages" / "joint" / "routing.json").read_text())["dev"]
     assert found["accuracy"] > 0.8 and found["mass"] > 0.5
+    neutral = [one.messages[0].content for one in toy_people().dev if not any(expert_vector_of(one))]
+    null = fuse.personalizers[0].gate(neutral)[:, -1]
+    assert (null > 1 / 11).all(), "the null expert keeps neutral queries in the joint stage (without gate KL: .0002)"
     samples = [one for one in toy_people().dev]
     asked, replies = [requests(one.messages[0].content)[0] for one in samples], [one.target for one in samples]
     before, after = (sum(a for a, _ in m.loglikelihood(asked, replies)) for m in (LanguageModel(llama), fuse))

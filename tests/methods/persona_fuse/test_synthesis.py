@@ -13,6 +13,7 @@ import pytest
 from fuse_toys import config, trainer
 
 from persona.data import SituationsConfig, load
+from persona.data.base import People
 from persona.data.situations import annotated, expert_vector, expert_vector_of, traits_of
 from persona.errors import UserError
 from persona.evaluation.endpoints.endpoint import Endpoint, EndpointConfig
@@ -170,6 +171,19 @@ def test_a_call_without_reply_leaves_the_stage_open_and_is_asked_again(tmp_path,
         assert len(rows) == 48 and len(again) == calls
         assert all("query 7 " in text for text in again if calls == 2 or who in text)
         assert run(server, queries, tmp_path / "b") == rows
+
+
+def test_a_real_lm_that_writes_no_json_leaves_nothing_and_is_asked_again(llama, tmp_path):
+    """The LM below is the teacher; its replies stay on disk, and another setting asks all of them anew."""
+    people = People("toy", {}, tuple(pool(*GOOD[:6])), ())
+    settings = config(llama)
+    for tokens in (4, 6):
+        settings.synthesis.max_new_tokens = tokens
+        with pytest.raises(UserError, match="none of 6 queries is left .* .6 × the teacher's reply: no JSON"):
+            persona_fuse.train(settings, LanguageModel(llama), people, trainer(), tmp_path)
+        replies = [json.loads(line) for line in (tmp_path / "stages" / "analyses.jsonl").read_text().splitlines()]
+        assert [row["id"] for row in replies] == [f"q{n}" for n in range(6)] and all(row["raw"] for row in replies)
+    assert not (tmp_path / "stages" / "records").exists()
 
 
 def test_a_pool_of_queries_is_the_methods_first_stage(llama, tmp_path):
