@@ -115,8 +115,8 @@ class Players:
             own = next(name for name, stack in stacks.items() if stack == [])
         if cfg.trivial:
             stacks |= {f"{kind} answer": Trivial(kind) for kind in ("constant", "random")}
-        if odd := [name for name in stacks if Path(name).name != name]:
-            raise UserError(f"{odd[0]!r} cannot name a folder of results: it should hold no slash")
+        if odd := [name for name in stacks if Path(name).name != name or name in ("", "..")]:
+            raise UserError(f"{odd[0]!r} cannot name a folder of results: it should be a name without a slash")
         return stacks, own
 
 

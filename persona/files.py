@@ -132,6 +132,16 @@ def atomic_folder(folder: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def inside(folder: Path | str, name: str) -> Path:
+    """`folder / name`, for names that a file or a data set gives. Raises UserError for one that leads out of `folder`,
+    by "..", as an absolute path or over a link."""
+    folder = Path(folder)
+    path = (folder / name).resolve()
+    if path == folder.resolve() or not path.is_relative_to(folder.resolve()):
+        raise UserError(f"{folder} holds no file {name!r}: that lies outside of it")
+    return folder / name
+
+
 def sha256(path: Path | str) -> str:
     """Hex digest of a file's bytes, read in blocks."""
     with open(path, "rb") as stream:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from persona import lm
 from persona.errors import UserError
-from persona.files import atomic_folder, sha256
+from persona.files import atomic_folder, inside, sha256
 from persona.lm import BaseLM, Row, residual
 from persona.lm.batch import Edit, prompt_lengths
 from persona.lm.residual import Passage, Site
@@ -268,7 +268,7 @@ def read_manifest(folder: Path | str, base: BaseLM | None = None) -> dict[str, A
     """The checked manifest of a personalizer directory.
 
     Raises UserError, in one sentence, for: no directory or manifest, another format version, another base LM (name
-    both), a missing file, a file that changed since it was saved, a path that leaves the directory.
+    both), a missing file, a file that changed since it was saved or was added, a path that leaves the directory.
     """
     folder = Path(folder)
     path = folder / "personalizer.json"
@@ -289,13 +289,19 @@ def read_manifest(folder: Path | str, base: BaseLM | None = None) -> dict[str, A
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}; restore it or train again") from error
     for name, expected in files.items():
-        file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{path} names the file {name!r}, which lies outside its own directory")
+        try:
+            file = inside(folder, name)
+        except UserError as error:
+            raise UserError(f"{path} names the file {name!r}, which lies outside its own directory") from error
         if not file.is_file():
             raise UserError(f"{folder} lacks its file {name}: it was not copied whole")
         if sha256(file) != expected:
             raise UserError(f"{file} is not the file that was saved (its hash differs): it is damaged or was edited")
+    # A file that no hash vouches for could be read in the place of one that was saved.
+    for name in sorted(file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir()):
+        told = name.as_posix() in {*files, path.name} or name.suffix == ".md" or any(p[0] == "." for p in name.parts)
+        if not told:
+            raise UserError(f"{folder} holds {name}, which its manifest does not name: move it out of there")
     if base is not None and made_for_fingerprint != base.identity["fingerprint"]:
         raise UserError(
             f"{folder} ({method}) was trained on base LM {made_for} with fingerprint {made_for_fingerprint}, "

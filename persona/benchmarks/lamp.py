@@ -26,7 +26,7 @@ from persona.evaluation.episodes import Benchmark
 from persona.evaluation.results import Row
 from persona.evaluation.roles import Roles
 from persona.evaluation.statistics import Metric
-from persona.files import atomic_write
+from persona.files import atomic_write, inside
 from persona.types import Request, Sample, Sampling, Score
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ class LaMP(Benchmark):
         """Predictions of every task in the leaderboard's own format."""
         for name in sorted({row.task for row in rows}):
             mine = {row.id: row.raw for row in rows if row.task == name}
-            write_predictions(folder / f"predictions_{name}.json", name, mine, list(mine))
+            write_predictions(inside(folder, f"predictions_{name}.json"), name, mine, list(mine))
 
 
 def build(config: PeopleBenchmarkConfig, people: People) -> LaMP:

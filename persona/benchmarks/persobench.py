@@ -34,7 +34,7 @@ from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import Row
 from persona.evaluation.roles import Roles
 from persona.evaluation.statistics import Metric
-from persona.files import atomic_write
+from persona.files import atomic_write, inside
 from persona.metrics.batcher import Batcher
 from persona.metrics.bert_score import BertScore
 from persona.metrics.diversity import distinct
@@ -436,7 +436,7 @@ class PersoBench(Benchmark):
         for dataset in datasets:
             mine = [row for row in rows if row.groups["dataset"] == dataset]
             lines = [[self.reply(row.raw) or ""] for row in mine]
-            _write_csv(folder / f"responses_{dataset}.csv", ["gen_response"], lines)
+            _write_csv(inside(folder, f"responses_{dataset}.csv"), ["gen_response"], lines)
         table = []
         for dataset in datasets:
             scored = [row.values for row in rows if row.groups["dataset"] == dataset and row.values]

@@ -34,7 +34,7 @@ from persona.evaluation.prompts import Prompt
 from persona.evaluation.results import Row
 from persona.evaluation.roles import Roles, Speaker
 from persona.evaluation.statistics import Metric
-from persona.files import atomic_write
+from persona.files import atomic_write, inside
 from persona.types import Conversation, Message, Persona, Request, Sample, Sampling, Score, Verdict
 
 log = logging.getLogger(__name__)
@@ -385,7 +385,7 @@ class PersonaGym(Benchmark):
         return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
 
     def _file(self, persona: str) -> Path:
-        return self.folder / f"{persona}.json"
+        return inside(self.folder, f"{persona}.json")
 
     def samples(self) -> Sequence[Sample]:
         return [self._sample(name, item) for name, item in self._items.items()]

@@ -6,6 +6,7 @@ check_overrides(sys.argv[1:], "train")                                          
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -67,6 +68,21 @@ def load_config(config_name: str, overrides: Sequence[str] = ()) -> Any:
 # ---- all problems at once ------------------------------------------------------------------------------------------
 
 
+# A key on a command line is read by whoever lists processes, and would stand in meta.json and a sweep's folder.
+_KEY_NAME = re.compile(r"(?:^|[.{,+?&'\"\s])\w*(?:api_?key|secret|password|passwd|(?:\b|_)token)\s*[=:]", re.I)
+_KEY_VALUE = re.compile(r"(?<![A-Za-z0-9])(?:(?:sk|xai|glpat)-[\w-]{16,}|(?:hf|gsk|ghp)_[A-Za-z0-9]{20,})|://[^/\s]*@")
+
+
+def check_no_keys(overrides: Sequence[str]) -> None:
+    """Raises UserError, which does not repeat it, when a key or password stands on the command line."""
+    for text in overrides:
+        if _KEY_NAME.search(text) or _KEY_VALUE.search(text):
+            raise UserError(
+                f"{text.partition('=')[0].strip('+~')}=… holds a key or password: it belongs into the environment "
+                "variable that api_key_env names, not on a command line, which others can read"
+            )
+
+
 def check_overrides(argv: Sequence[str], config_name: str) -> None:
     """Compose what the command line asks for, before Hydra does.
 
@@ -76,6 +92,7 @@ def check_overrides(argv: Sequence[str], config_name: str) -> None:
     args = get_args_parser().parse_args(list(argv))
     if args.help or args.hydra_help or args.shell_completion:
         return
+    check_no_keys(args.overrides)
     more = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
     with _hydra(args.config_path):
         _, problems = _compose(args.config_name or config_name, [*more, *args.overrides], bool(args.multirun))

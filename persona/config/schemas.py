@@ -54,7 +54,7 @@ from persona.data import (
     TownRolesConfig,
     TownSituationsConfig,
 )
-from persona.evaluation.endpoints.endpoint import EndpointConfig
+from persona.evaluation.endpoints.endpoint import EndpointConfig, key_problems
 from persona.lm.load import ModelConfig
 from persona.methods.apc.config import APCConfig, DiscriminatorConfig
 from persona.methods.assistant_axis.config import AssistantAxisConfig, CalibrationConfig
@@ -304,6 +304,8 @@ def value_problems(node: Any, prefix: str = "") -> Iterator[str]:
     """One sentence for each value in a bound config that is out of range or not among the choices."""
     if isinstance(node, ModelConfig) and not node.path:
         yield f"{prefix}path has no value: {prefix}path=… sets it"
+    if isinstance(node, EndpointConfig):
+        yield from (f"{prefix}{sentence}" for sentence in key_problems(node))
     of_bases = [base for base in type(node).__mro__ if base in POSITIVE or base in CHOICES]
     for name in (name for base in of_bases for name in POSITIVE.get(base, ())):
         if getattr(node, name) <= 0:

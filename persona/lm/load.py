@@ -229,6 +229,8 @@ def load(config: ModelConfig) -> BaseLM:
         if isinstance(error, UserError):
             raise
         reason = str(error).strip().splitlines()[0]
+        if "custom code" in reason:
+            reason = "it brings code of its own, which is not run unless model.trust_remote_code=true says so"
         raise UserError(f"no base LM could be loaded from model.path={config.path!r}: {reason}") from error
     if config.device_map is None:
         device = config.device

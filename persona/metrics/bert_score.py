@@ -24,7 +24,7 @@ class BertScore:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             tuned = model2layers.get(name, model2layers.get(Path(name).name))
             self.layer = min(tuned or config.num_hidden_layers, config.num_hidden_layers)
             with warnings.catch_warnings(), contextlib.redirect_stdout(None):

@@ -51,8 +51,9 @@ def load(kind: Any, name: str, key: str) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = kind.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # Published judges (UniEval) have weights in torch's older format only, of which tensors alone are read.
+        model = kind.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{key}={name} could not be loaded: {reason}") from error

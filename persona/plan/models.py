@@ -58,7 +58,7 @@ def hf_config(path: str, revision: str | None, architecture: dict[str, Any], key
         return config, architecture.get("tie_word_embeddings") is False
     try:
         raw, _ = HFConfig.get_config_dict(path, revision=revision)
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"the config of {path} is neither in a directory nor to be had from the hub; to plan without it, "

@@ -68,7 +68,7 @@ def load(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model (float32, eval) and tokenizer of a Hugging Face directory."""
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(path)
+    return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 @torch.inference_mode()

@@ -202,7 +202,7 @@ def train(
     console = Console()
     checkpoint = config.out / "checkpoint"
     words = grammar.vocabulary() if words is None else words
-    previous = AutoTokenizer.from_pretrained(checkpoint) if checkpoint.exists() else None
+    previous = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False) if checkpoint.exists() else None
     tokenizer = build_tokenizer(words, previous)
     model = build_model(config, tokenizer)
     optimizers = _optimizers(model, config)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from persona.errors import UserError
-from persona.files import sha256
+from persona.files import inside, sha256
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -42,7 +42,19 @@ def damage(folder: Path) -> str | None:
         files = dict(json.loads(path.read_text())["files"])
     except (ValueError, KeyError, TypeError) as error:
         return f"{path} cannot be read ({error})"
+    if extra := sorted(
+        name
+        for file in folder.rglob("*")
+        if not file.is_dir() and (name := file.relative_to(folder).as_posix()) not in {*files, MANIFEST}
+    ):
+        return f"{folder} holds {extra[0]}, which was not saved with it"
+    if not files:
+        return f"{path} names no file"
     for name, expected in files.items():
+        try:
+            inside(folder, name)
+        except UserError as error:
+            return str(error)
         if not (folder / name).is_file():
             return f"{folder} lacks {name}"
         if sha256(folder / name) != expected:

@@ -33,12 +33,14 @@ def body(base: str, classes: Sequence[str], seed: int, key: str) -> tuple[Any, A
 
         path = str(get_model_path())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right", trust_remote_code=False)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = AutoModelForSequenceClassification.from_pretrained(
                 path,
                 dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
                 id2label=dict(enumerate(classes)),
                 label2id={label: number for number, label in enumerate(classes)},
             )

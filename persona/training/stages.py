@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 logger = logging.getLogger(__name__)
+_PARTS = ("settings", "inputs", "outputs")
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class _Books:
         """Why a stage is not up to date ("" when it is), and which input does not exist ("" for none)."""
         now, before = self._made_of(stage), _read(self._record(stage))
         missing = next((name for name, value in now["inputs"].items() if value is None), "")
-        if not before:
+        if not all(part in before for part in _PARTS):
             return "it has not run to its end", missing
         for kind, word in (("settings", "setting"), ("inputs", "input")):
             old, new = before[kind], now[kind]
@@ -188,6 +189,8 @@ class _Books:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # a broken record is none
         return {}
+    whole = isinstance(value, dict) and all(isinstance(value.get(key, {}), dict) for key in _PARTS)
+    return value if whole else {}

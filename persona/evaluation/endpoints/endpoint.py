@@ -19,7 +19,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -508,13 +508,18 @@ def _no_likelihoods(name: str) -> str:
     return f"endpoint {name} gives no log-likelihoods: choose a benchmark that only asks for replies, or a local model"
 
 
+def _in_file(base_url: str) -> bool:
+    return base_url.startswith("file:")
+
+
 def _address(base_url: str) -> str:
     """`base_url`, or what the file that it names holds. Raises UserError when there is no such file."""
-    if not base_url.startswith("file:"):
+    if not _in_file(base_url):
         return base_url
     path = Path(base_url.removeprefix("file:")).expanduser()
     try:
-        return path.read_text(encoding="utf-8").strip()
+        with open(path, encoding="utf-8") as stream:
+            return stream.read(2000).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"base_url={base_url}: no server has written its address there ({type(error).__name__}); "
@@ -522,18 +527,32 @@ def _address(base_url: str) -> str:
         ) from None
 
 
+def key_problems(config: EndpointConfig) -> Iterator[str]:
+    """A sentence for each place where a key stands that a config should not hold; none of them repeats it."""
+    if not _in_file(config.base_url) and re.search(r"[@?]", config.base_url):
+        yield "base_url holds a password or a query: a key belongs into the environment (api_key_env)"
+    # Keys have small letters in them; names of environment variables, by custom, have not.
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", config.api_key_env):
+        yield (
+            "api_key_env should be the name of an environment variable, in capitals as OPENAI_API_KEY: the key itself "
+            "belongs there and not into a config"
+        )
+
+
 def _check_config(config: EndpointConfig, url: str) -> None:
     if not config.model or not url:
         raise UserError("an endpoint needs a model and a base_url, such as http://localhost:8000/v1")
+    for sentence in key_problems(replace(config, base_url=url)):
+        raise UserError(sentence)
+    # What a file holds is not repeated: it may be another file than was meant, a key's.
+    shown = f"what stands in {config.base_url}" if _in_file(config.base_url) else f"base_url={url}"
     try:
         address = urlsplit(url)
         _ = address.port
-    except ValueError as error:
-        raise UserError(f"base_url={url} is no address: {error}") from None
-    if address.username or address.password or address.query:
-        raise UserError("base_url holds a password or a query: a key belongs into the environment (api_key_env)")
+    except ValueError:
+        address = urlsplit("")
     if address.scheme not in ("http", "https") or not address.hostname:
-        raise UserError(f"base_url={url} is no address: it should look like http://localhost:8000/v1")
+        raise UserError(f"{shown} is no address: it should look like http://localhost:8000/v1")
     positive = ("requests_per_minute", "tokens_per_minute", "timeout", "concurrency", "max_cost", "max_requests")
     for name in positive:
         if (value := getattr(config, name)) is not None and not value > 0:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from persona.errors import UserError
-from persona.files import atomic_folder, atomic_write
+from persona.files import atomic_folder, atomic_write, inside
 from persona.lm.edits import Edit
 from persona.lm.residual import Site
 from persona.methods.assistant_axis.calibration import Band
@@ -127,7 +127,7 @@ def write_hub(folder: Path | str, content: AxisFile) -> None:
         for part, named in (("role_vectors", content.roles), ("trait_vectors", content.traits)):
             (new / part).mkdir()
             for name, vector in named.items():
-                torch.save(vector.float().clone(), new / part / f"{name}.pt")
+                torch.save(vector.float().clone(), inside(new / part, f"{name}.pt"))
         if experiments:
             torch.save({"vectors": vectors, "experiments": experiments}, new / "capping_config.pt")
 

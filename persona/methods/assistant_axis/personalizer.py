@@ -164,6 +164,8 @@ class AssistantAxis(Personalizer):
         """From its own folder, or, by name, with the setting `axis`: another one's folder, of which the other settings
         given take the place."""
         config = dict(config)
+        if "axis" in config and folder != Path():
+            raise UserError(f"{folder}/personalizer.json names another folder as its axis: it should hold its own")
         if "axis" in config:
             folder = Path(config.pop("axis"))
             config = {**read_manifest(folder, base)["config"], **config}
