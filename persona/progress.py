@@ -17,6 +17,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from persona import heartbeat
+
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
@@ -52,10 +54,12 @@ class Bar:
             self._progress.stop()
 
     def advance(self, amount: float = 1) -> None:
+        heartbeat.moved()
         if self._progress is not None:
             self._progress.advance(self._task, amount)
 
     def set(self, completed: float, note: str | None = None) -> None:
+        heartbeat.moved()
         if self._progress is not None:
             self._progress.update(self._task, completed=completed)
             if note is not None:

@@ -37,6 +37,7 @@ from persona.config.rates import PlanRates
 from persona.config.schemas import TrainConfig
 from persona.errors import UserError
 from persona.files import atomic_write, write_json
+from persona.heartbeat import beating
 from persona.training.trainer import Stopped
 
 # ---- entry points --------------------------------------------------------------------------------------------------
@@ -211,7 +212,8 @@ def run_state(output: Path | str) -> Iterator[None]:
     """Around a run: `state.json` in `output` says where it is running, and in the end how it ended. Rank zero writes.
 
     "running" while it does (also once it has been killed: whoever reads it looks for the process); "done"; "stopped"
-    on request, to go on from a checkpoint; "failed", with the error's first line.
+    on request, to go on from a checkpoint; "failed", with the error's first line. Meanwhile every process says what it
+    is doing (persona/heartbeat.py).
     """
     job = os.environ.get("SLURM_JOB_ID")
     where = {"host": platform.node(), "pid": os.getpid(), **({"slurm_job": job} if job else {})}
@@ -223,7 +225,8 @@ def run_state(output: Path | str) -> Iterator[None]:
 
     write("running")
     try:
-        yield
+        with beating(output):
+            yield
     except Stopped as stopped:
         with suppress(UserError):
             write("stopped", stopped.message)

@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from persona import heartbeat
 from persona.evaluation.batching import AsyncModel
 from persona.evaluation.judges.judging import Judge, ModelJudge
 from persona.evaluation.roles import Cast, Roles
@@ -77,13 +78,15 @@ def run_episodes(
     ends in an error. Raises whatever a model or an episode raises.
     """
     usage = _Usage(path, cast)
-    with closing(LineWriter(path)) as writer, closing(usage):
+    with closing(LineWriter(path)) as writer, closing(usage), heartbeat.stage(title):
+        heartbeat.moved(total - len(items), total)
         with _Bar(title, total, len(items), show and bool(items)) as bar:
 
             def finished(line: bytes) -> None:
                 writer.write(line)
                 usage.note()
                 bar.advance()
+                heartbeat.moved(heartbeat.now.done + 1)
 
             _run_loop(_run_all(items, episode, cast, needs, batch_size, finished, writer.sync, who))
         writer.sync()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from persona import heartbeat
 from persona.lm.load import BaseLM
 from persona.types import Request
 
@@ -104,6 +105,7 @@ def assemble(base: BaseLM, rows: Sequence[Row], replies: Sequence[Sequence[int]]
         mask[i, longest - len(sequence) - prefixes[i] :] = 1
         if replies is not None and decoder_only and len(replies[i]):
             labels[i, longest - len(replies[i]) :] = torch.tensor(list(replies[i]), dtype=torch.long)
+    heartbeat.counted(int(mask.sum()), mask.numel())
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     device = base.device
     embeds = base.embed(ids.to(device))
@@ -120,6 +122,7 @@ def assemble(base: BaseLM, rows: Sequence[Row], replies: Sequence[Sequence[int]]
         labels = torch.full((len(rows), width), -100, dtype=torch.long)
         for i, reply in enumerate(replies):
             labels[i, : len(reply)] = torch.tensor(list(reply), dtype=torch.long)
+        heartbeat.counted(sum(map(len, replies)), labels.numel())
     return Inputs(embeds, mask.to(device), positions.to(device), None if replies is None else labels.to(device))
 
 

@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from persona import heartbeat
 from persona.lm.batch import Edit, Row, assemble, entered, prompt_lengths, running
 from persona.lm.load import BaseLM
 from persona.lm.prefix import Shared
@@ -54,6 +55,7 @@ class _Recorder(LogitsProcessor):
         self._pending: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        heartbeat.moved()
         self.settle(input_ids)
         self._pending = scores.float().log_softmax(-1)
         return scores
@@ -169,6 +171,7 @@ def _generate(
     for tokens in generated.tolist():
         end = next((k for k, token in enumerate(tokens) if token in ends), None)
         kept.append(tokens if end is None else tokens[: end + 1])
+    heartbeat.counted(sum(map(len, kept)), generated.numel())
     if sampling.num_beams == 1:
         steps = torch.stack(recorder.steps, dim=1).cpu()
         logprobs = [tuple(steps[k, : len(tokens)].tolist()) for k, tokens in enumerate(kept)]

@@ -25,6 +25,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from persona import heartbeat
 from persona.errors import UserError
 from persona.files import sha256, write_json
 
@@ -85,8 +86,9 @@ def run_stages(
             books.begin(stage)
         wait()
         started, since = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-        stage.run(books.folder)
-        wait()
+        with heartbeat.stage(stage.name):
+            stage.run(books.folder)
+            wait()
         if main:
             seconds = time.monotonic() - since
             ran = {"started": started, "seconds": round(seconds, 3)}

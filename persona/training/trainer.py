@@ -7,14 +7,11 @@ A method hands over a torch module whose forward returns {"loss"} (summed over `
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -27,8 +24,8 @@ from torch.utils.data import Dataset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from persona.errors import UserError
-from persona.files import LineWriter, atomic_write, read_lines
 from persona.training.checkpoints import WholeCheckpoints, newest, steps
+from persona.training.watch import Metrics, Watched
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -110,38 +107,6 @@ def _any_process(flag: bool, device: torch.device) -> bool:
     return bool(tensor)
 
 
-class _Metrics(TrainerCallback):
-    """Appends every logged value to metrics.jsonl; after a resume, lines beyond the checkpoint are dropped."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.started: tuple[float, int] | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            # The summary that closed an interrupted run goes too: the run is not over.
-            kept = [
-                row
-                for row in read_lines(self.path)
-                if 0 < row["step"] <= state.global_step and "train_runtime" not in row
-            ]
-            with atomic_write(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.started = (time.perf_counter(), state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs:
-            return
-        row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **logs}
-        row.pop("train_loss", None)  # a mean over the steps since the last start, which after a resume says nothing
-        if self.started and state.global_step > self.started[1]:
-            samples = (state.global_step - self.started[1]) * args.train_batch_size * args.world_size
-            samples *= args.gradient_accumulation_steps
-            row["samples_per_second"] = round(samples / (time.perf_counter() - self.started[0]), 3)
-        with closing(LineWriter(self.path)) as writer:
-            writer.write(json.dumps(row).encode() + b"\n")
-
-
 class _Bar(ProgressCallback):
     """transformers' progress bar (rate, time left) with the last values beside it rather than a line per log."""
 
@@ -164,8 +129,8 @@ class _Bar(ProgressCallback):
                     bar.close()
 
 
-class OwnTrainer(WholeCheckpoints, _Trainer):
-    """Mixin: whole checkpoints, and a loss that is not finite ends the run with the step it happened in."""
+class OwnTrainer(Watched, WholeCheckpoints, _Trainer):
+    """Mixin: whole checkpoints, what is measured, and a loss that is not finite ends the run and names its step."""
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
@@ -252,13 +217,8 @@ def arguments(
     """What transformers' Trainer (or TRL's, with its `kind` and `more`) is told; makes `out/checkpoints`."""
     folder = out / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("WANDB_MODE", config.wandb)
-    os.environ.setdefault("WANDB_DIR", str(out))
-    os.environ.setdefault("WANDB_PROJECT", "persona")
-    os.environ.setdefault("WANDB_SILENT", "true")
     return kind(
         output_dir=str(folder),
-        run_name=out.name,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         adam_beta2=config.adam_beta2,
@@ -285,7 +245,7 @@ def arguments(
         dataloader_num_workers=config.workers,
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to=["wandb"] if config.wandb != "disabled" else [],
+        report_to=[],
         use_cpu=config.cpu or not torch.cuda.is_available(),
         prediction_loss_only=True,
         **more,
@@ -303,7 +263,8 @@ def run(trainer: Trainer, config: TrainerConfig, out: Path) -> None:
     trainer.add_callback(bar)
     signals = _Signals()
     trainer.add_callback(signals)
-    trainer.add_callback(_Metrics(out / "metrics.jsonl"))
+    metrics = Metrics(trainer, config, out)
+    trainer.add_callback(metrics)
     last = newest(folder) if config.resume else None
     if last is not None:
         logger.warning("going on from %s", last)
@@ -312,7 +273,7 @@ def run(trainer: Trainer, config: TrainerConfig, out: Path) -> None:
         for old in steps(folder) if not config.resume else []:
             logger.warning("trainer.resume=false: %s of an earlier run is removed", old)
             shutil.rmtree(old)
-    with bar.closed(), signals.listening():
+    with bar.closed(), signals.listening(), closing(metrics):
         trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
     if signals.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(trainer.state.global_step, folder)

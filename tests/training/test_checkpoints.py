@@ -15,6 +15,7 @@ from training_toys import Toy, curve, rows, run
 from persona.errors import UserError
 from persona.files import sha256
 from persona.training.checkpoints import damage, flatten_optimizer, newest, steps, unflatten_optimizer
+from persona.training.watch import MEASURED
 
 FILES = (
     "model.safetensors",
@@ -129,7 +130,7 @@ def test_an_optimizers_state_survives_the_flattening():
 
 
 def without_times(out):
-    dropped = ("samples_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    dropped = (*MEASURED, "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
     return [{k: v for k, v in row.items() if k not in dropped} for row in rows(out) if "train_runtime" not in row]
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from persona import heartbeat
 from persona.errors import UserError
 from persona.evaluation.endpoints.budget import Account, Pace, estimate_tokens
 from persona.evaluation.endpoints.reply_cache import ReplyCache, reply_key
@@ -286,7 +287,8 @@ class Endpoint:
             self._account.start(need)
             used = 0
             try:
-                body = await self._complete(live.client, asked)
+                with heartbeat.asking(self.name):
+                    body = await self._complete(live.client, asked)
                 reply, used = self._read(body, prompt)
                 return reply
             finally:
