@@ -165,11 +165,11 @@ def standstill(beats: Sequence[Beat], at: float, after: float) -> str:
         return ""
     since = f"no progress for {duration(at - max(beat.progress for beat in beats))}"
     if max(beat.processes for beat in beats) == 1:
-        return f"{since}: {_where(alive[0])}"
+        return f"{since}: {where(alive[0])}"
     said = _grouped([beat for beat in alive if not beat.waits], "is", "are")
     said += [
         f"process {beat.rank} has been silent for {duration(at - beat.at)} (pid {beat.pid} on {beat.host}): "
-        f"{_where(beat)}"
+        f"{where(beat)}"
         for beat in quiet
     ]
     if missing := sorted(set(range(max(beat.processes for beat in beats))) - {beat.rank for beat in beats}):
@@ -183,11 +183,12 @@ def _grouped(beats: Sequence[Beat], one: str, several: str) -> list[str]:
     """Those at one place together, the ones that are behind first."""
     places: dict[str, list[int]] = {}
     for beat in sorted(beats, key=lambda beat: (beat.done, beat.rank)):
-        places.setdefault(_where(beat), []).append(beat.rank)
+        places.setdefault(where(beat), []).append(beat.rank)
     return [f"{_ranks(ranks)} {several if len(ranks) > 1 else one} {where}" for where, ranks in places.items()]
 
 
-def _where(beat: Beat) -> str:
+def where(beat: Beat) -> str:
+    """The place and, in brackets, what is done there: "at persona/lm/load.py:88 f (forward, 6 of 12 done)"."""
     parts = [
         f"in {beat.waits}" if beat.waits else "",
         f"at {beat.place}" if beat.place else "outside of our code",
@@ -227,21 +228,20 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _spot(frame: FrameType) -> str:
-    """As "persona/lm/load.py:88 load"; other people's files from their package on."""
+    """As "persona/lm/load.py:88 load"; other files from their package on."""
     file = re.split(r"site-packages/|/python3\.\d+/", frame.f_code.co_filename.removeprefix(_ROOT))[-1]
     return f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
-def place(processes: int, ident: int | None = None) -> tuple[str, str, str]:
-    """(`place`, `inside`, `waits`) of a Beat for the thread `ident` (default: the main thread).
+def place(processes: int) -> tuple[str, str, str]:
+    """(`place`, `inside`, `waits`) of a Beat for this process's main thread.
 
     A process waits for others in a function of torch.distributed, and in a backward pass: that is where DDP sums
     gradients, in C++. A GPU's own waiting is not seen: its process stands where the host next needs a result.
     """
     stacks = sys._current_frames()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    main = threading.main_thread().ident if ident is None else ident
-    frames = list(_frames(stacks.get(main or 0)))
+    frames = list(_frames(stacks.get(threading.main_thread().ident or 0)))
     if frames and frames[0].f_code.co_filename.endswith("selectors.py"):
         # The loop of an evaluation waits; what it waits for is a batch in the model's thread, or an endpoint.
         for other, top in stacks.items():
@@ -285,17 +285,15 @@ class _Heart(threading.Thread):
         self._complained = False
 
     def run(self) -> None:
-        while True:
+        while not self._over.wait(INTERVAL):
             try:
-                self._beat()
+                self.beat()
             except OSError as error:
                 if not self._complained:  # a full disk is met, and said, by what the run itself writes
                     logger.warning("what process %d is doing cannot be written: %s", self.rank, error)
                 self._complained = True
-            if self._over.wait(INTERVAL):
-                return
 
-    def _beat(self) -> None:
+    def beat(self) -> None:
         # Clocks of hosts agree to seconds (Slurm itself needs that); what is compared is minutes.
         at, moment = time.time(), time.monotonic()
         beat = Beat(
@@ -367,6 +365,7 @@ def beating(output: Path | str) -> Iterator[None]:
             for old in read_beats(Path(output)):
                 if old.rank >= processes:
                     (heart.path.parent / f"rank-{old.rank}.json").unlink(missing_ok=True)
+        heart.beat()  # from here on a kill leaves its place
         heart.start()
     except OSError as error:
         logger.warning("what process %d is doing cannot be written: %s", rank, error)

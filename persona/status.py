@@ -1,17 +1,21 @@
 """What runs below a folder are doing: `python -m persona.status outputs/` shows running, done and broken ones.
 
-    run                          what                    state      progress   last              at
-    town_persona_plug            persona_plug            done       2 of 2     loss 0.61         03:12
-    seeds/trainer.seed=1         persona_plug            running    .7 of 2    loss 0.93         a minute ago
-    seeds/trainer.seed=2         persona_plug            died       .1 of 2    loss 2.11         2 h ago
+    run                    what           state     progress                       last               seen
+    seeds/trainer.seed=1   persona_plug   running   120 of 500, 1.2/s, 5 min left  loss 0.93          9 s ago
+    seeds/trainer.seed=2   persona_plug   died      .1 of 2                        loss 2.11          2 h ago
+                                                    last seen in forward, at …
+    town_character         character      stalled   dpo, 40 of 300                 loss 0.61          8 s ago
+                                                    no progress for 14 min: process 1 is at …
 
-A run that says it is running is looked for: its process on this machine, its job in Slurm's queue on others.
+A run that says it is running is looked for: its process on this machine, its job in Slurm's queue, and its heartbeat
+(persona/heartbeat.py), which comes from every machine that shares the folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -24,16 +28,20 @@ from typing import Any
 
 import psutil
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from persona.errors import UserError
 from persona.files import read_lines
+from persona.heartbeat import SILENT, STALLED, Beat, duration, read_beats, standstill, where
 
 COLOURS = {
     "running": "cyan",
     "done": "green",
     "stopped": "yellow",
+    "stalled": "red",
     "waiting": "yellow",
     "died": "red",
     "failed": "red",
@@ -43,8 +51,8 @@ _STATE = "state.json"
 
 @dataclass(frozen=True)
 class Run:
-    """One run. `progress`: epochs of a training, samples of an evaluation; `last`: its newest values; `at`: seconds
-    since 1970 of its last sign of life; `message`: why it failed or stopped."""
+    """One run. `progress`: steps while it runs, then epochs of a training or samples; `last`: its newest values;
+    `at`: seconds since 1970 of its last sign of life; `message`: why it ended, or where it stands still."""
 
     name: str
     what: str
@@ -64,27 +72,49 @@ def runs(folder: Path | str) -> list[Run]:
         )
     found = sorted(path.parent for path in folder.rglob(_STATE))
     queue = _Queue()
-    return [_run(run, run.relative_to(folder).as_posix(), queue) for run in found]
+    return [_run(run, run.relative_to(folder).as_posix(), queue, time.time()) for run in found]
 
 
-def _run(folder: Path, name: str, queue: _Queue) -> Run:
-    state = _json(folder / _STATE)
+def _run(folder: Path, name: str, queue: _Queue, now: float) -> Run:
+    state, beats = _json(folder / _STATE), read_beats(folder)
     config = _config(folder / "config.yaml")
     touched = [
         path.stat().st_mtime
         for path in (folder / _STATE, folder / "metrics.jsonl", *_samples(folder))
         if path.is_file()
     ]
-    shown = str(state.get("state", "unreadable"))
+    touched += [beat.at for beat in beats]
+    shown, message = str(state.get("state", "unreadable")), str(state.get("message", ""))
     if shown == "running":
-        shown = queue.state(state)
+        shown = _lives(state, beats, queue, now)
+        if shown == "running" and (message := standstill(beats, now, STALLED)):
+            shown = "stalled"
+        elif shown in ("died", "stalled") and beats:
+            message = f"last seen {where(beats[0])}"
     evaluates = "benchmark" in config
     what = str((config.get("benchmark") or config.get("method") or {}).get("name", "?"))
     progress, last = _evaluated(folder) if evaluates else _trained(folder, config)
-    return Run(name, what, shown, progress, last, max(touched), str(state.get("message", "")))
+    if shown in ("running", "stalled"):
+        progress = _going(beats) or progress
+    return Run(name, what, shown, progress, last, max(touched), message)
 
 
 # ---- how far -------------------------------------------------------------------------------------------------------
+
+
+def _going(beats: Sequence[Beat]) -> str:
+    """What the first process is at, how fast, and how long the slowest one has left."""
+    if not beats or not beats[0].total:
+        return beats[0].stage if beats else ""
+    first, parts = beats[0], []
+    if first.stage:
+        parts.append(first.stage)
+    parts.append(f"{first.done:g} of {first.total:g}")
+    if rates := [beat.rate for beat in beats if beat.rate > 0]:
+        parts.append(f"{rates[0]:.2g}/s" if rates[0] >= 1 else f"{1 / rates[0]:.2g} s each")
+        left = max((beat.total - beat.done) / beat.rate for beat in beats if beat.rate > 0)
+        parts.append(f"{duration(left)} left")
+    return ", ".join(parts)
 
 
 def _trained(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
@@ -121,26 +151,45 @@ def _evaluated(folder: Path) -> tuple[str, str]:
 # ---- whether it lives ----------------------------------------------------------------------------------------------
 
 
+def _lives(state: Mapping[str, Any], beats: Sequence[Beat], queue: _Queue, now: float) -> str:
+    """What Slurm says of the job, else whether there is a process; from afar its last beat decides."""
+    silent = bool(beats) and now - max(beat.at for beat in beats) > SILENT
+    if "slurm_job" in state and (jobs := queue.jobs()) is not None:
+        job = jobs.get(str(state["slurm_job"]), "")
+        known = {"RUNNING": "running", "COMPLETING": "running", "PENDING": "waiting", "": "died"}
+        found = known.get(job, job.lower())
+    elif state.get("host") == platform.node():
+        found = "running" if _began(int(state["pid"])) < (max(beat.at for beat in beats) if beats else now) else "died"
+    elif beats:
+        return "died" if silent else "running"
+    else:
+        return f"running on {state.get('host')}?"
+    return "stalled" if found == "running" and silent else found
+
+
+def _began(pid: int) -> float:
+    """When this machine's process of that number began; never, if there is none."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return math.inf
+
+
 class _Queue:
-    """Slurm's queue, asked once and only when a run of another machine is in it."""
+    """Slurm's queue, asked once and only when a run of a job is met; None on a machine without Slurm."""
 
     def __init__(self) -> None:
-        self._jobs: dict[str, str] | None = None
+        self._asked, self._jobs = False, dict[str, str]()
 
-    def state(self, state: Mapping[str, Any]) -> str:
-        if state.get("host") == platform.node() and "slurm_job" not in state:
-            return "running" if psutil.pid_exists(int(state["pid"])) else "died"
-        if "slurm_job" not in state:
-            return f"running on {state.get('host')}?"
-        if self._jobs is None:
-            self._jobs = _squeue()
-        job = self._jobs.get(str(state["slurm_job"]), "")
-        return {"RUNNING": "running", "COMPLETING": "running", "PENDING": "waiting", "": "died"}.get(job, job.lower())
+    def jobs(self) -> dict[str, str] | None:
+        if not shutil.which("squeue"):
+            return None
+        if not self._asked:
+            self._asked, self._jobs = True, _squeue()
+        return self._jobs
 
 
 def _squeue() -> dict[str, str]:
-    if not shutil.which("squeue"):
-        return {}
     command = ["squeue", "--noheader", "--array", "--format=%A %T"]
     listing = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     return dict(line.split() for line in listing.splitlines() if len(line.split()) == 2)
@@ -166,24 +215,21 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def table(found: Sequence[Run], now: float) -> Table:
-    """One row per run, and under a failed one why."""
-    shown = Table(title_justify="left")
+    """One row per run, and below one that needs a look why."""
+    shown = Table(box=box.SIMPLE_HEAD, title_justify="left")
     for column in ("run", "what", "state", "progress", "last", "seen"):
         shown.add_column(column, overflow="fold")
     for run in found:
-        colour = COLOURS.get(run.state, "default")
-        state = f"[{colour}]{run.state}[/]"
-        shown.add_row(run.name, run.what, state, run.progress, run.last, _ago(now - run.at))
-        if run.message and run.state in ("failed", "stopped"):
-            shown.add_row("", "", "", "", f"[dim]{run.message}[/]", "")
+        state = Text(run.state, style=COLOURS.get(run.state, ""))
+        shown.add_row(run.name, run.what, state, run.progress, run.last, f"{duration(now - run.at)} ago")
     return shown
 
 
-def _ago(seconds: float) -> str:
-    for size, word in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {word} ago"
-    return f"{max(0, seconds):.0f} s ago"
+def messages(found: Sequence[Run]) -> Iterator[Text]:
+    """Why a run failed or stopped, and where one stands still: a paragraph each, below the table."""
+    for run in found:
+        if run.message:
+            yield Text.assemble((run.name, "bold"), " ", (run.state, COLOURS.get(run.state, "")), f": {run.message}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for run in found:
             print(json.dumps(vars(run), sort_keys=True))
     elif found:
-        Console().print(table(found, time.time()))
+        Console().print(table(found, time.time()), *messages(found))
     else:
         print(f"no run below {arguments.folder} yet")
     return 0

@@ -7,14 +7,18 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
 from persona.config import load_config, run_state, save_run_files
 from persona.errors import UserError
-from persona.status import main, runs, table
+from persona.heartbeat import Beat
+from persona.status import Run, main, runs, table
 from persona.training.trainer import Stopped
 
 
@@ -54,10 +58,47 @@ def test_a_killed_run_is_told_from_one_that_runs(tmp_path):
     state = {"state": "running", "at": "", "host": platform.node(), "pid": os.getpid(), "message": ""}
     (tmp_path / "x" / "state.json").write_text(json.dumps(state))
     assert one(tmp_path).state == "running"
-    (tmp_path / "x" / "state.json").write_text(json.dumps({**state, "host": "elsewhere"}))
-    assert one(tmp_path).state == "running on elsewhere?"
+    (tmp_path / "x" / "state.json").write_text(json.dumps({**state, "pid": 2**30}))
+    assert one(tmp_path).state == "died" and one(tmp_path).message.startswith("last seen ")
     (tmp_path / "x" / "state.json").write_text("{")
     assert one(tmp_path).state == "unreadable"
+
+
+def said(folder: Path, *beats: Beat, host: str = "elsewhere") -> Run:
+    """The run in `folder` on another machine whose processes last said this."""
+    (folder / "processes").mkdir(exist_ok=True)
+    state = {"state": "running", "at": "", "host": host, "pid": os.getpid(), "message": ""}
+    (folder / "state.json").write_text(json.dumps(state))
+    for beat in beats:
+        (folder / "processes" / f"rank-{beat.rank}.json").write_text(json.dumps(asdict(beat)))
+    return one(folder)
+
+
+def test_from_afar_the_heartbeat_decides(tmp_path):
+    assert said(tmp_path).state == "running on elsewhere?"
+    now = time.time()
+    beats = [Beat(rank, 2, "elsewhere", 7, now - 9, now - 20, "dpo", "forward", 100, 400, 2.0) for rank in (0, 1)]
+    assert said(tmp_path, *beats).state == "running"
+    # The slowest process decides what is left.
+    run = said(tmp_path, replace(beats[1], rate=0.5))
+    assert run.progress == "dpo, 100 of 400, 2/s, 10 min left"
+    run = said(tmp_path, *(replace(beat, progress=now - 780, place="persona/a.py:1 f") for beat in beats))
+    assert run.state == "stalled"
+    assert run.message.startswith(
+        "no progress for 13 min: processes 0 and 1 are at persona/a.py:1 f (stage dpo, forward"
+    )
+    run = said(tmp_path, *(replace(beat, at=now - 400, place="persona/a.py:1 f") for beat in beats))
+    assert run.state == "died"
+    assert run.message == "last seen at persona/a.py:1 f (stage dpo, forward, 100 of 400 done)"
+
+
+def test_a_frozen_process_is_no_dead_one(tmp_path, monkeypatch):
+    """It is there, but even its heart does not beat; unless the number is another process's by now."""
+    monkeypatch.setattr("persona.status.SILENT", 0.5)
+    began, now = psutil.Process().create_time(), time.time()
+    frozen = Beat(0, 1, platform.node(), os.getpid(), now - 1, now - 1, place="persona/a.py:1 f")
+    assert said(tmp_path, frozen, host=platform.node()).state == "stalled"
+    assert said(tmp_path, replace(frozen, at=began - 1000), host=platform.node()).state == "died"
 
 
 def test_only_rank_zero_writes(tmp_path, monkeypatch):
