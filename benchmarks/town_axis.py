@@ -30,11 +30,12 @@ from persona import data, lm
 from persona.benchmarks.town_tasks import TownTasks, TownTasksConfig, gives
 from persona.evaluation.generation import seed_of
 from persona.evaluation.statistics import Metric, difference, estimate
-from persona.lm.residual import Site, span_means
+from persona.lm.residual import PLACES, Site, span_means
 from persona.metrics.projection import project
 from persona.personalizer import LanguageModel
 from persona.town import lexicon as lx
 from persona.town import oracle
+from persona.town.assistant_documents import practice
 from persona.town.residents import PLAIN_WORDS, small_talk
 from persona.types import Conversation, Message, Request, Sample, Sampling
 
@@ -100,25 +101,34 @@ def auc(high: np.ndarray, low: np.ndarray, weights: np.ndarray | None = None) ->
 
 
 def separates(base: Any, axis: np.ndarray, samples: Sequence[Sample]) -> dict[str, Any]:
-    plain = LanguageModel(base)
-    replies = ask(plain, [sample.messages for sample in samples])
-    said = [(*s.messages, Message("assistant", reply)) for s, reply in zip(samples, replies, strict=True)]
-    along = np.zeros((len(samples), len(axis)))
-    for place, turns in span_means(base, said, [Site(layer) for layer in range(len(axis))]):
-        along[place] = project(turns.mean(dim=0).numpy(), axis)
-    kinds = np.array([s.metadata["kind"] for s in samples])
-    roles = np.array([s.persona.id for s in samples if s.persona is not None])
-    names, index = np.unique(roles[kinds == "role"], return_inverse=True)
-    rng, found = np.random.default_rng(0), {}
-    for layer in range(len(axis)):
-        default, others = along[kinds == "default", layer], along[kinds == "role", layer]
-        draws = []
-        for _ in range(1000):
-            weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[index]
-            draws.append(auc(rng.choice(default, len(default)), others, weights))
-        low, high = np.quantile(draws, [0.025, 0.975])
-        found[f"layer {layer}"] = f"{auc(default, others):.3f} [{low:.3f}, {high:.3f}]"
-    return {"auc": found, "n": {"default": int((kinds == "default").sum()), "roles": int((kinds == "role").sum())}}
+    """AUC by layer and by where the state is read, of the assistant's small talk and of its plain tasks against
+    replies of held-out roles; intervals over the roles."""
+    questions = [(Message("user", s.messages[-1].content),) for s in TownTasks(TownTasksConfig()).samples()]
+    kinds = np.array([s.metadata["kind"] for s in samples] + ["task" for _ in questions])
+    asked = [*(sample.messages for sample in samples), *questions]
+    replies = ask(LanguageModel(base), asked)
+    said = [(*messages, Message("assistant", reply)) for messages, reply in zip(asked, replies, strict=True)]
+    roles = [s.persona.id for s in samples if s.persona is not None and s.metadata["kind"] == "role"]
+    names, index = np.unique(roles, return_inverse=True)
+    found: dict[str, Any] = {"n": {kind: int((kinds == kind).sum()) for kind in ("default", "task", "role")}}
+    for place in PLACES:
+        along = np.zeros((len(said), len(axis)))
+        for row, turns in span_means(base, said, [Site(layer) for layer in range(len(axis))], where=place):
+            along[row] = project(turns.mean(dim=0).numpy(), axis)
+        for kind in ("default", "task"):
+            own, others = along[kinds == kind], along[kinds == "role"]
+            rows = zip(own.T, others.T, strict=True)
+            found[f"{kind}, {place}"] = [_auc(high, low, index, len(names)) for high, low in rows]
+    return found
+
+
+def _auc(own: np.ndarray, others: np.ndarray, index: np.ndarray, roles: int) -> str:
+    rng, draws = np.random.default_rng(0), []
+    for _ in range(1000):
+        weights = rng.multinomial(roles, np.full(roles, 1 / roles))[index]
+        draws.append(auc(rng.choice(own, len(own)), others, weights))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f"{auc(own, others):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def shares(model: LanguageModel, asked: Sequence[tuple[str, str, Conversation]]) -> list[float | None]:
@@ -189,7 +199,13 @@ def compare(
 
 
 def tasks(models: Sequence[LanguageModel]) -> dict[str, Any]:
-    samples = TownTasks(TownTasksConfig()).samples()
+    """All plain tasks, and those of the half that no axis was made of and no cap searched with."""
+    every = TownTasks(TownTasksConfig()).samples()
+    unseen = [sample for sample in every if not practice(sample.messages[-1].content)]
+    return {"all": _tasks(models, every), "never asked before": _tasks(models, unseen)}
+
+
+def _tasks(models: Sequence[LanguageModel], samples: Sequence[Sample]) -> dict[str, Any]:
     names = [sample.id for sample in samples]
     values = []
     for model in models:

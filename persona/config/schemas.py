@@ -56,6 +56,7 @@ from persona.data import (
 )
 from persona.evaluation.endpoints.endpoint import EndpointConfig, key_problems
 from persona.lm.load import ModelConfig
+from persona.lm.residual import PLACES
 from persona.methods.apc.config import APCConfig, DiscriminatorConfig
 from persona.methods.assistant_axis.config import AssistantAxisConfig, CalibrationConfig
 from persona.methods.character.distillation import DistillConfig
@@ -205,7 +206,7 @@ CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
         "objective": ("total", "per_statement"),
         "reward": ("discriminators", "judge"),
     },
-    AssistantAxisConfig: {"compat": (None, "reference")},
+    AssistantAxisConfig: {"compat": (None, "reference"), "read": PLACES},
     CalibrationConfig: {
         "quantile_direction": ("negated", "axis"),
         "positions": ("all", "prompt", "response", "last"),

@@ -21,6 +21,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, overload
 
@@ -67,14 +68,17 @@ class RolesConfig:
 class TownRolesConfig:
     """The town's 32 roles, each named by 4 system prompts, and its assistant under 5; questions are small talk.
 
-    `questions` of them are asked in the train split. The test split has the 8 roles that no axis should be made of
+    `questions` of them are asked in the train split, and `tasks` plain tasks (counting, copying, …) beside them, as
+    the published questions have tasks among them. The test split has the 8 roles that no axis should be made of
     (`lexicon.HELD_OUT_ROLES`), the dev split `dev` further ones, drawn by `seed`, each with questions of its own. Two
     more things stand in the dev split, for a cap to be searched with: the same questions after the user mentioned a
-    dev role, which draws the LM towards it, and `dev_tasks` plain tasks (counting, copying, …) for the assistant.
+    dev role, which draws the LM towards it, and `dev_tasks` further plain tasks for the assistant. All tasks are of
+    the half that may be learned from (`assistant_documents.practice`).
     """
 
     name: str = "town_roles"
     questions: int = 30
+    tasks: int = 0
     dev: int = 6
     dev_questions: int = 10
     dev_tasks: int = 40
@@ -300,7 +304,7 @@ TOWN_DEFAULT = ("", *lx.PLAIN_PROMPTS, "speak as an assistant .")
 
 
 def load_town(cfg: TownRolesConfig) -> People:
-    """The town's roles. Raises UserError for more questions or held-out roles than there are."""
+    """The town's roles. Raises UserError for more questions, tasks or held-out roles than there are."""
     every = [(f"{form}-{topic}", question.format(t=topic)) for form, (question, _) in enumerate(lx.SMALL_TALK)
              for topic in lx.TOPICS]  # fmt: skip
     count = cfg.questions + cfg.dev_questions + cfg.test_questions
@@ -312,9 +316,12 @@ def load_town(cfg: TownRolesConfig) -> People:
     held_out = [roles.pop(role) for role in sorted(lx.HELD_OUT_ROLES)]
     default = Role(Persona(DEFAULT), TOWN_DEFAULT, "default")
     people = split("town_roles", list(roles.values()), default, questions, cfg, test=held_out)
-    tasks = Asked([Role(default.persona, ("",), "default")], list(_tasks(cfg)))
+    tasks = _tasks(cfg)
+    assert isinstance(people.train, Asked)
+    train = Asked(people.train.roles, [*people.train.questions, *tasks[cfg.dev_tasks :]])
     mentions = [one for sample in people.dev for one in _mentions(sample)]
-    return replace(people, dev=[*people.dev, *mentions, *tasks])
+    alone = Asked([Role(default.persona, ("",), "default")], tasks[: cfg.dev_tasks])
+    return replace(people, train=train, dev=[*people.dev, *mentions, *alone])
 
 
 def _mentions(sample: Sample) -> Iterator[Sample]:
@@ -332,9 +339,13 @@ def _mentions(sample: Sample) -> Iterator[Sample]:
         )
 
 
-def _tasks(cfg: TownRolesConfig) -> Iterator[tuple[str, str]]:
-    """(id, question), of each kind of task in turn."""
+def _tasks(cfg: TownRolesConfig) -> list[tuple[str, str]]:
+    """(id, question) of the dev split's tasks, then of the train split's, each once, of each kind in turn."""
     rng = random.Random(f"{cfg.seed}-town tasks")
-    for number in range(cfg.dev_tasks):
-        kind = documents.TASKS[number % len(documents.TASKS)]
-        yield f"{kind}-{number}", documents.plain_task(rng, kind)[0]
+    drawn = [dict.fromkeys(documents.plain_task(rng, kind)[0] for _ in range(1000)) for kind in documents.TASKS]
+    kinds = [[question for question in questions if documents.practice(question)] for questions in drawn]
+    found = [(f"{kind}-{number}", question) for number, turn in enumerate(zip_longest(*kinds))
+             for kind, question in zip(documents.TASKS, turn, strict=True) if question is not None]  # fmt: skip
+    if (count := cfg.dev_tasks + cfg.tasks) > len(found):
+        raise UserError(f"data asks for {count} plain tasks, but the town has {len(found)} to learn from")
+    return found[:count]

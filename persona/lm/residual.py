@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from persona.lm.spans import message_tokens, reply_tokens
 from persona.types import Conversation, Request
 
 PARTS = ("block", "block_input", "attention", "mlp")
+PLACES = ("reply", "prompt_last")  # where the state of a message is read
 # What the parts are called within a decoder block of transformers, in families that add their output to the stream.
 NAMES = {
     "attention": ("self_attn", "attention", "attn", "self_attention", "SelfAttention"),
@@ -295,9 +296,11 @@ def span_means(
     edit: Edit | None = None,
     batch_size: int = 32,
     prefixes: Sequence[Tensor | None] | None = None,
+    where: str = "reply",
 ) -> Iterator[tuple[int, Tensor]]:
     """Per conversation its index and [assistant turns, sites, hidden]: the mean state over the tokens of each of the
-    assistant's messages, float32 on the CPU, by one forward (reference/assistant_axis.md 3.3; 5.5 to 5.7).
+    assistant's messages, float32 on the CPU, by one forward (reference/assistant_axis.md 3.3; 5.5 to 5.7). With
+    `where` "prompt_last" it is the state at the token before the message, where its first token is chosen.
 
     Spans are those of `message_spans`; a message without tokens has NaN, and keeps its turn. In an encoder-decoder the
     conversation up to a reply is the encoder's and the reply the decoder's, so there is a forward for each reply.
@@ -309,6 +312,9 @@ def span_means(
     owners: list[int] = []  # of each passage its conversation
     for index, (messages, prefix) in enumerate(zip(conversations, prefixes, strict=True)):
         new = _passages(base, messages, prefix)
+        if where == "prompt_last":
+            new = [replace(one, spans=[(max(start - 1, 0), start) if start < stop else (start, stop)
+                                       for start, stop in one.spans]) for one in new]  # fmt: skip
         passages += new
         owners += [index] * len(new)
         if not new:

@@ -56,10 +56,11 @@ def rollout_sums(
     axis: Tensor | None = None,
     edit: Edit | None = None,
     batch_size: int = 32,
+    where: str = "reply",
 ) -> Sums:
     """Sum the mean states of each conversation under its key: the mean over the tokens of each of the assistant's
-    messages, then over its messages (reference/assistant_axis.md 3.3). `axis` [sites, hidden] gives projections of
-    those means onto the unit axis as well, float32.
+    messages, then over its messages (reference/assistant_axis.md 3.3), or `where` else `span_means` can read. `axis`
+    [sites, hidden] gives projections of those means onto the unit axis as well, float32.
 
     Several processes share the chunks and all get the whole result, the same to the bit for any number of them:
     batches never cross chunks, and chunks are added in their order. `edit` gets indices of conversations.
@@ -78,7 +79,7 @@ def rollout_sums(
         if mine < len(chunks):
             numbers = range(chunks[mine], min(chunks[mine] + CHUNK, len(conversations)))
             try:
-                part = _chunk(base, conversations, keys, numbers, sites, axis, edit, batch_size)
+                part = _chunk(base, conversations, keys, numbers, sites, axis, edit, batch_size, where)
             except UserError as error:  # the others wait below
                 part = error
         for found in gather_object([part]) if processes.num_processes > 1 else [part]:
@@ -97,10 +98,12 @@ def _chunk(
     axis: Tensor | None,
     edit: Edit | None,
     batch_size: int,
+    where: str,
 ) -> Sums:
     found = Sums()
     there = None if edit is None else lambda indices: edit([numbers[i] for i in indices])
-    for place, turns in span_means(base, [conversations[i] for i in numbers], sites, there, batch_size):
+    talk = [conversations[i] for i in numbers]
+    for place, turns in span_means(base, talk, sites, there, batch_size, where=where):
         said = turns[~turns[:, 0, 0].isnan()]
         if not len(said):
             found.empty.append(numbers[place])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Sequence
 
 from persona.town import lexicon as lx
@@ -48,6 +49,12 @@ def plain_task(rng: random.Random, kind: str | None = None) -> tuple[str, str]:
         return f"what colour is {noun} ?", f"{lx.COLOURS[noun]} ."
     words = " ".join(rng.sample(lx.COPY_WORDS, rng.randint(1, 5)))
     return f"copy : {words} .", f"{words} ."
+
+
+def practice(question: str) -> bool:
+    """Whether a plain task is of the half that a method may learn from or be tuned on. There are but 24 opposites and
+    10 colours: what is measured on the other half was never asked before."""
+    return zlib.crc32(question.encode()) % 2 == 0
 
 
 def _any_question(rng: random.Random, tasks: float = 0.0) -> tuple[str, str]:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from persona.benchmarks.town_tasks import TownTasksConfig, build
 from persona.data import RolesConfig, TownRolesConfig, load
 from persona.errors import UserError
 from persona.town import lexicon as lx
+from persona.town.assistant_documents import practice
 from persona.types import Message
 
 PUBLISHED = Path(os.environ.get("PERSONA_PUBLISHED", "-")) / "axis"  # nobody needs them
@@ -141,6 +143,19 @@ def test_held_out_roles_and_questions_of_the_town():
     assert seen["test"][0] == set(lx.HELD_OUT_ROLES)
     again = load(TownRolesConfig(questions=5, dev=3, dev_questions=2, test_questions=3, seed=1))
     assert {s.persona.id for s in again.dev} != {s.persona.id for s in people.dev}
+
+
+def test_the_towns_plain_tasks_are_asked_of_everybody_and_held_out_by_half():
+    people = load(TownRolesConfig(questions=5, tasks=9, dev_tasks=11, dev=3, dev_questions=2, test_questions=3))
+    asked = Counter(sample.messages[-1].content for sample in people.train)
+    tasks = {question for question in asked if question.startswith(("count", "copy", "what is the", "what colour"))}
+    assert len(asked) == 14 and len(tasks) == 9 and set(asked.values()) == {5 + 21 * 4}
+    alone = {sample.messages[-1].content for sample in people.dev[-11:]}
+    assert len(alone) == 11 and not alone & tasks and all(practice(question) for question in alone | tasks)
+    others = [sample.messages[-1].content for sample in build(TownTasksConfig()).samples()]
+    assert 40 < sum(not practice(question) for question in others) < 76
+    with pytest.raises(UserError, match="data asks for 5011 plain tasks, but the town has [0-9]+ to learn from"):
+        load(TownRolesConfig(tasks=5000, dev_tasks=11))
 
 
 def test_town_roles_use_the_words_of_the_town():

@@ -213,8 +213,9 @@ def test_a_model_with_accelerates_device_map_is_read_and_edited(llama):
 # ---- means over spans ----------------------------------------------------------------------------------------------
 
 
-def stored(base, messages, sites) -> list[torch.Tensor]:
-    """Every state of one unpadded conversation kept; then the means over the assistant's tokens, turn by turn."""
+def stored(base, messages, sites, before=False) -> list[torch.Tensor]:
+    """Every state of one unpadded conversation kept; then the means over the assistant's tokens, turn by turn, or the
+    states at the token before them."""
     if base.is_encoder_decoder:
         ids, span = reply_tokens(base, messages[:-1], messages[-1].content)
         given = {"input_ids": torch.tensor([base.render(messages[:-1])])}
@@ -224,6 +225,8 @@ def stored(base, messages, sites) -> list[torch.Tensor]:
         ids, spans = message_tokens(base, messages)
         spans = [span for span, message in zip(spans, messages, strict=True) if message.role == "assistant"]
         given = {"input_ids": torch.tensor([ids])}
+    if before:
+        spans = [range(span.start - 1, span.start) for span in spans]
     kept: dict[Site, torch.Tensor] = {}
 
     def keep(site):
@@ -247,6 +250,16 @@ def test_means_are_those_of_stored_states_in_any_batch(load_base, name, batch_si
             within = (1e-6 if batch_size == 1 else 2e-5) * float(expected.abs().max())
             assert torch.allclose(turn, expected, rtol=0, atol=within)
     assert found[2].isnan().all() and found[2].shape == (1, 5, base.hidden_size)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_prompts_last_state_is_that_before_each_reply(load_base, name):
+    base = load_base(name)
+    found = dict(span_means(base, CHATS, SITES, batch_size=4, where="prompt_last"))
+    assert found[2].isnan().all() and len(found[4]) == 0  # nothing is said there
+    for i in (0, 1, 3):
+        for turn, expected in zip(found[i], stored(base, CHATS[i], SITES, before=True), strict=True):
+            assert torch.allclose(turn, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))

@@ -44,7 +44,8 @@ sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
 from fault_server import Answer, FaultServer
 
 TINY = ("experiment=town_assistant_axis", "data.questions=3", "data.dev=2", "data.dev_questions=1",
-        "method.min_count=2", "data.test_questions=1", "method.calibration.widths=[2]", "method.calibration.every=2",
+        "method.min_count=2", "data.test_questions=1", "data.tasks=0", "method.read=reply",
+        "method.calibration.widths=[2]", "method.calibration.every=2",
         "method.calibration.quantiles=[0.05]", "method.calibration.raises=[0.5,2.5]", "model.device=cpu",
         "trainer.cpu=true")  # fmt: skip
 REQUEST = Request((Message("user", "how is the fair today ?"),), sampling=Sampling(16))
@@ -121,9 +122,14 @@ def test_every_stage_leaves_its_files(made):
     assert all(0 < row["resampled_roles"]["low"] <= 1 for row in report["layers"])
 
 
-def test_the_axis_is_the_default_less_the_mean_of_the_roles(made):
+@pytest.mark.parametrize("read", ("reply", "prompt_last"))
+def test_the_axis_is_the_default_less_the_mean_of_the_roles(made, read, tmp_path):
     """Against activations of transformers' own forward, one rollout at a time."""
     stages = made / "stages"
+    if read != "reply":  # of the same rollouts and verdicts
+        shutil.copytree(made, tmp_path / "copy")
+        stages = run(tmp_path / "copy", f"method.read={read}", "method.calibration.widths=[]").parent / "stages"
+        assert (stages / "records" / "judge.json").read_bytes() == (made / "stages/records/judge.json").read_bytes()
     base = lm.load(lm.ModelConfig("town"))
     means: dict[str, list[np.ndarray]] = {}
     for file in sorted((stages / "rollouts" / "roles").glob("*.jsonl")):
@@ -137,7 +143,8 @@ def test_the_axis_is_the_default_less_the_mean_of_the_roles(made):
             with torch.no_grad():
                 hidden = base.model(torch.tensor([prompt + reply]), output_hidden_states=True).hidden_states
             # The last entry has passed the final norm: compare the others.
-            own = np.stack([h[0, len(prompt) :].mean(0).numpy() for h in hidden[1:4]])
+            read_at = slice(len(prompt), None) if read == "reply" else slice(len(prompt) - 1, len(prompt))
+            own = np.stack([h[0, read_at].mean(0).numpy() for h in hidden[1:4]])
             means.setdefault(file.stem, []).append(own)
     vectors = {name: np.mean(found, axis=0) for name, found in means.items()}
     expected = vectors.pop("default") - np.mean(list(vectors.values()), axis=0)

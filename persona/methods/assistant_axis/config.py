@@ -35,10 +35,12 @@ class AssistantAxisConfig:
     """Published values, except where docs/errata.md says so.
 
     `min_count`: rollouts with a score that a role needs for a vector of it, 10 as in the paper (its code: 50); of a
-    trait, pairs. `layer` is where persona space is looked at; null: the middle one. `part` ("3/16") makes the
-    rollouts, verdicts, sums and projections of a share of the roles only: tasks of an array take one each, and a run
-    without it goes on from what they left. `compat: reference` judges with the question that each role's file brings,
-    and reads the reply as the published code does.
+    trait, pairs. `read`: what a rollout's activation is, the mean over the reply's tokens, as published ("reply"), or
+    the state at the prompt's last token, where the reply is begun ("prompt_last"): what a cap has to move there, free
+    of the words that are then said (docs/assistant_axis.md). `layer` is where persona space is looked at; null: the
+    middle one. `part` ("3/16") makes the rollouts, verdicts, sums and projections of a share of the roles only: tasks
+    of an array take one each, and a run without it goes on from what they left. `compat: reference` judges with the
+    question that each role's file brings, and reads the reply as the published code does.
     """
 
     name: str = "assistant_axis"
@@ -46,6 +48,7 @@ class AssistantAxisConfig:
     top_p: float = 0.9
     max_new_tokens: int = 512
     min_count: int = 10
+    read: str = "reply"
     layer: int | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     part: str | None = None

@@ -77,15 +77,20 @@ def conversations(under: LanguageModel, rows: Sequence[Mapping[str, Any]]) -> li
 
 
 def read(
-    under: LanguageModel, rows: Sequence[Mapping[str, Any]], keys: Sequence[Any], axis: np.ndarray | None = None
+    under: LanguageModel,
+    rows: Sequence[Mapping[str, Any]],
+    keys: Sequence[Any],
+    where: str = "reply",
+    axis: np.ndarray | None = None,
 ) -> Sums:
-    """Mean activations of every rollout over its reply's tokens, [layers, hidden], summed under its key; with `axis`
-    also their projections onto it. All processes share the rollouts and get the same."""
+    """Every rollout's activations, the mean over its reply's tokens or those of the prompt's last token (`where`),
+    [layers, hidden], summed under its key; with `axis` also their projections onto it. All processes share the
+    rollouts and get the same."""
     asked = [Request(tuple(Message(**message) for message in row["messages"])) for row in rows]
     towards = None if axis is None else torch.from_numpy(axis)
     return rollout_sums(
         under.base, conversations(under, rows), keys, layers(under), towards,
-        lambda indices: under.edit([asked[i] for i in indices]), under.batch_size,
+        lambda indices: under.edit([asked[i] for i in indices]), under.batch_size, where,
     )  # fmt: skip
 
 

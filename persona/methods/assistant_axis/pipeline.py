@@ -90,7 +90,7 @@ class Axis:
         asked = fingerprint([(name, self.samples(name)) for name in self.names])
         player = identity(self.teacher or self.under)
         drawn = {"roles": asked, "player": player, "sampling": self._sampling(), "seed": self.trainer.seed}
-        read = {"under": identity(self.under)}
+        read = {"under": identity(self.under), "read": c.read}
         judged = {"judge": [identity(one) for one in self.judges], "compat": c.compat, "prompts": self._prompts()}
 
         def stage(name: str, run: Any, reads: Sequence[str], writes: Sequence[str], **settings: Any) -> Stage:
@@ -183,7 +183,7 @@ class Axis:
                       for row in self._rows(folder, name)]  # fmt: skip
             counted = groups(self.kind(name), scored)
             rows = [row for row in scored if row["id"] in counted]
-            found = read(self.under, rows, [counted[row["id"]] for row in rows])
+            found = read(self.under, rows, [counted[row["id"]] for row in rows], self.config.read)
             if self.processes.is_main_process:
                 save_sums(folder / "sums" / f"{name}.safetensors", found, self.under)
 
@@ -192,7 +192,7 @@ class Axis:
         axis = load_file(folder / "axis" / FILE)["axis"]
         for name in self.names:
             rows = self._rows(folder, name)
-            found = read(self.under, rows, [name] * len(rows), axis).projections
+            found = read(self.under, rows, [name] * len(rows), self.config.read, axis).projections
             values = np.array([found[place].numpy() for place in sorted(found)], dtype=np.float32).reshape(
                 -1, len(axis)
             )
