@@ -18,6 +18,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -57,15 +59,29 @@ def command(
 ) -> Done:
     """Run `script` with these arguments; `before` runs first, in its process."""
     with _files() as (out, err):
-        _FORK.set_forkserver_preload(list(_IMPORTED))
-        process = _FORK.Process(target=_play, args=(script, list(arguments), before, str(out), str(err)))
-        process.start()
+        process = started(script, arguments, before, out, err)
         process.join(timeout)
         if process.is_alive():
             process.kill()
             process.join()
             raise AssertionError(f"{script} hung; it said: {err.read_text()[-2000:]}")
         return Done(process.exitcode or 0, out.read_text(errors="replace"), err.read_text(errors="replace"))
+
+
+def import_for_all(names: Sequence[str] = _IMPORTED) -> None:
+    """What the processes to come have imported; only the first call counts."""
+    _FORK.set_forkserver_preload(list(names))
+    forkserver.ensure_running()
+
+
+def started(
+    script: str, arguments: Sequence[str], before: Callable[[], None] | None, out: Path, err: Path
+) -> BaseProcess:
+    """A process that runs `script`; what it says is appended to `out` and `err`."""
+    import_for_all()
+    process = _FORK.Process(target=_play, args=(script, list(arguments), before, str(out), str(err)))
+    process.start()
+    return process
 
 
 @contextmanager
