@@ -38,7 +38,7 @@ from persona.config.schemas import TrainConfig
 from persona.errors import UserError
 from persona.files import atomic_write, write_json
 from persona.heartbeat import beating
-from persona.training.trainer import Stopped
+from persona.training.signals import Stopped, stoppable
 
 # ---- entry points --------------------------------------------------------------------------------------------------
 
@@ -130,7 +130,8 @@ RESUMABLE = {
     *("name", "output", "stage", "model.batch_size", "model.device", "model.device_map"),
     *("plan", "plan_gpus", "plan_nodes", *(f"plan_rates.{part.name}" for part in fields(PlanRates))),
     *(f"trainer.{key}" for key in ("resume", "wandb", "workers", "keep_checkpoints", "log_every", "cpu")),
-    *("trainer.eval_every", "trainer.save_every"),
+    *("trainer.eval_every", "trainer.save_every", "trainer.weights", "trainer.grace_seconds"),
+    *("trainer.batch_size", "trainer.gradient_accumulation"),  # their product with the processes has to stay
     *(f"launch.{part.name}" for part in fields(launch.LaunchConfig)),
 }
 
@@ -212,8 +213,8 @@ def run_state(output: Path | str) -> Iterator[None]:
     """Around a run: `state.json` in `output` says where it is running, and in the end how it ended. Rank zero writes.
 
     "running" while it does (also once it has been killed: whoever reads it looks for the process); "done"; "stopped"
-    on request, to go on from a checkpoint; "failed", with the error's first line. Meanwhile every process says what it
-    is doing (persona/heartbeat.py).
+    on request (SIGTERM or SIGUSR1), to go on with the same command; "failed", with the error's first line. Meanwhile
+    every process says what it is doing (persona/heartbeat.py).
     """
     job = os.environ.get("SLURM_JOB_ID")
     where = {"host": platform.node(), "pid": os.getpid(), **({"slurm_job": job} if job else {})}
@@ -223,21 +224,22 @@ def run_state(output: Path | str) -> Iterator[None]:
             now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             write_json(Path(output) / "state.json", {"state": state, "at": now, **where, "message": message})
 
-    write("running")
-    try:
-        with beating(output):
-            yield
-    except Stopped as stopped:
-        with suppress(UserError):
-            write("stopped", stopped.message)
-        raise
-    except BaseException as error:
-        lines = str(error).strip().splitlines()
-        kind = "" if isinstance(error, UserError) else type(error).__name__
-        with suppress(UserError):  # on a full disk: what was raised first is what the user has to know
-            write("failed", ": ".join(part for part in (kind, *lines[:1]) if part))
-        raise
-    write("done")
+    with stoppable(output):
+        write("running")
+        try:
+            with beating(output):
+                yield
+        except Stopped as stopped:
+            with suppress(UserError):
+                write("stopped", stopped.message)
+            raise
+        except BaseException as error:
+            lines = str(error).strip().splitlines()
+            kind = "" if isinstance(error, UserError) else type(error).__name__
+            with suppress(UserError):  # on a full disk: what was raised first is what the user has to know
+                write("failed", ": ".join(part for part in (kind, *lines[:1]) if part))
+            raise
+        write("done")
 
 
 def run_meta(cfg: Any) -> dict[str, Any]:

@@ -198,7 +198,11 @@ GROUPS: dict[str, dict[str, type]] = {
 # Texts that mean one of a few things: a typing error in them would otherwise show late, or not at all.
 CHOICES: dict[type, dict[str, tuple[str | None, ...]]] = {
     ModelConfig: {"dtype": ("float32", "bfloat16", "float16")},
-    TrainerConfig: {"precision": ("fp32", "bf16"), "wandb": ("offline", "online", "disabled")},
+    TrainerConfig: {
+        "precision": ("fp32", "bf16"),
+        "wandb": ("offline", "online", "disabled"),
+        "weights": ("last", "best"),
+    },
     APCConfig: {
         "mode": ("dpo", "experience"),
         "queries": ("teacher", "data"),

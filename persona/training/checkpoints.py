@@ -1,28 +1,31 @@
 """Checkpoints that appear whole, carry a hash of every file, hold no pickle, and are skipped when damaged.
 
-A mixin over transformers' Trainer: also TRL's trainers take it. What is saved: the trainable weights only (the base LM
-stays where it came from), optimizer, schedule, RNG of every process, trainer state.
+A mixin over transformers' Trainer: also TRL's trainers take it. What is saved, in one format under every back end and
+for any number of processes: the trainable weights only (the base LM stays where it came from), the optimizer's states
+by parameter, the schedule, the random state of every process, the Trainer's own state.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import re
 import shutil
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from persona.errors import UserError
-from persona.files import inside, sha256
+from persona.files import atomic_folder, inside, sha256
+from persona.training.signals import Interrupted, Signals, any_process
+from persona.training.states import optimizer_states, set_optimizer_states, set_weights, weights
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -31,6 +34,12 @@ else:
 
 logger = logging.getLogger(__name__)
 MANIFEST = "checkpoint.json"
+FORMAT = 2  # 1, without a number in the manifest: optimizer states by position, sharded files of DeepSpeed
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """What a whole checkpoint says of itself: format, step, hashes, batch, seconds that it took to save."""
+    return json.loads((folder / MANIFEST).read_text())
 
 
 def damage(folder: Path) -> str | None:
@@ -39,7 +48,7 @@ def damage(folder: Path) -> str | None:
     if not path.is_file():
         return f"{folder} has no {MANIFEST}"
     try:
-        files = dict(json.loads(path.read_text())["files"])
+        files = dict(manifest(folder)["files"])
     except (ValueError, KeyError, TypeError) as error:
         return f"{path} cannot be read ({error})"
     if extra := sorted(
@@ -73,165 +82,227 @@ def steps(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path | str) -> Path | None:
-    """The newest whole checkpoint; damaged ones are skipped with a warning that names the damage."""
+    """The newest whole checkpoint; damaged ones are skipped with a warning that names the damage.
+
+    Raises UserError when it is in another format: it is whole, and going on from one before it would lose steps.
+    """
     for path in steps(Path(folder)):
         reason = damage(path)
         if reason is None:
+            if (form := manifest(path).get("format", 1)) != FORMAT:
+                raise UserError(
+                    f"{path} is in checkpoint format {form}, and this version of persona reads format {FORMAT}: "
+                    "finish the run with the version that began it (meta.json has the commit), or start over with "
+                    "trainer.resume=false"
+                )
             return path
         logger.warning("checkpoint skipped: %s", reason)
     return None
 
 
-def flatten_optimizer(state: dict) -> tuple[dict[str, Tensor], dict]:
-    """An optimizer's state_dict as tensors by name and plain JSON values (param_groups, scalars)."""
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict] = {}
-    for index, entry in state["state"].items():
-        for key, value in entry.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value.detach().contiguous().cpu()
-            else:
-                scalars.setdefault(str(index), {})[key] = value
-    return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
-
-
-def unflatten_optimizer(tensors: dict[str, Tensor], plain: dict) -> dict:
-    state: dict[int, dict] = {int(index): dict(values) for index, values in plain["scalars"].items()}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    return {"state": state, "param_groups": plain["param_groups"]}
+def newest_for_all(folder: Path) -> Path | None:
+    """`newest`, looked for by one process on behalf of all: they go on from the same, and files are hashed once."""
+    answer: list[Any] = [None, None]
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        try:
+            answer[0] = newest(folder)
+        except UserError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
 
 
 class WholeCheckpoints(_Trainer):
     """Mixin for a Trainer: `class MyTrainer(WholeCheckpoints, Trainer)`."""
 
-    _staging: str | None = None
+    signals: Signals | None = None  # told how long a save took
 
-    def _get_output_dir(self, trial):
-        return self._staging or super()._get_output_dir(trial)
+    # ---- saving ----------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial) -> None:
-        final = Path(self.args.output_dir)
-        staging = final / ".staging"
-        if self.is_world_process_zero():
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = str(staging)
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                self._publish(staging / f"checkpoint-{self.state.global_step}", final)
-        except (OSError, SafetensorError) as error:
+        begun = time.monotonic()
+        step, main = self.state.global_step, self.is_world_process_zero()
+        self.store_flos()
+        module = self.accelerator.unwrap_model(self.model)
+        # Everything is gathered before anything is written: the rest is one process's, and cannot wait for another.
+        tensors = {
+            "model": weights(module, keep=main),
+            "optimizer": optimizer_states(module, self.optimizer, keep=main),
+        }
+        drawn = gather_object([random_state()])
+        failure = None
+        if main:
+            try:
+                self._write(step, tensors, drawn, begun)
+            except UserError as error:
+                failure = error
+        if any_process(failure is not None):
             raise UserError(
-                f"the checkpoint of step {self.state.global_step} could not be saved ({error}); "
+                f"the checkpoint of step {step} could not be saved ({failure or 'the first process says why'}); "
                 "the ones before it are unchanged"
-            ) from error
-        finally:
-            self._staging = None
-            if self.is_world_process_zero():
-                shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+            )
+        if main and self.signals is not None:
+            self.signals.saved(time.monotonic() - begun)
 
-    def _publish(self, staged: Path, final: Path) -> None:
-        files = sorted(file for file in staged.rglob("*") if file.is_file())
-        for file in files:
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
-        manifest = {"step": self.state.global_step, "files": {str(f.relative_to(staged)): sha256(f) for f in files}}
-        with open(staged / MANIFEST, "w") as stream:
-            json.dump(manifest, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        target = final / staged.name
-        shutil.rmtree(target, ignore_errors=True)  # the same step, saved again after a damaged one was skipped
-        os.rename(staged, target)
-        for old in steps(final)[self.args.save_total_limit or len(steps(final)) :]:
-            shutil.rmtree(old, ignore_errors=True)
+    def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], drawn: list[dict], begun: float) -> None:
+        folder = Path(self.args.output_dir)
+        for left in folder.glob(".checkpoint-*"):
+            shutil.rmtree(left, ignore_errors=True)  # of a process that was killed while it saved, elsewhere too
+        with atomic_folder(folder / f"checkpoint-{step}") as staged:
+            for name, found in tensors.items():
+                save_file(found, staged / f"{name}.safetensors")
+            write_random_states(staged, drawn)
+            schedule = {key: value for key, value in self.lr_scheduler.state_dict().items() if key != "lr_lambdas"}
+            (staged / "schedule.json").write_text(json.dumps(schedule))
+            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+            told = {
+                "format": FORMAT,
+                "step": step,
+                "batch": self._batch(),
+                "evaluated": not self.control.should_evaluate,
+                "files": {file.name: sha256(file) for file in sorted(staged.iterdir())},
+                "seconds": round(time.monotonic() - begun, 3),
+            }
+            (staged / MANIFEST).write_text(json.dumps(told, indent=1))
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        for old in steps(folder)[self.args.save_total_limit or len(steps(folder)) :]:
+            if old != best:
+                shutil.rmtree(old, ignore_errors=True)
 
-    # ---- what is in a checkpoint, without pickle (DeepSpeed and FSDP keep their own sharded formats) --------------
+    def save_model(self, output_dir=None, _internal_call=False) -> None:
+        """Nothing: weights are in checkpoints, and a method saves its own personalizer."""
 
-    @property
-    def _plain(self) -> bool:
-        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+    def _batch(self) -> list[int]:
+        """Samples of a forward, processes, forwards of a step."""
+        args = self.args
+        return [args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps]
 
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainable_state(self.accelerator.unwrap_model(self.model), state_dict), folder / "model.safetensors")
+    # ---- the best one ----------------------------------------------------------------------------------------------
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if self._determine_best_metric(metrics, trial):
+            self.control.should_save = True  # the best dev loss so far always has a checkpoint
+        return metrics
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except Interrupted:
+            self._save_checkpoint(model, trial)
+            self.control.should_evaluate = self.control.should_save = False
+            self.control.should_training_stop = True
+
+    def best(self) -> Path | None:
+        """The checkpoint of the best dev loss, or None where no dev loss was measured."""
+        path = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        return path if path.is_dir() else None
+
+    # ---- loading ---------------------------------------------------------------------------------------------------
+
+    def check(self, checkpoint: Path) -> None:
+        """A run goes on with as many samples a step as before, in whatever way they are shared out: then it sees the
+        same samples in the same steps. Raises UserError."""
+        there, here = manifest(checkpoint)["batch"], self._batch()
+        if int(np.prod(there)) != int(np.prod(here)):
+            raise UserError(
+                f"{checkpoint} was saved with {_product(there)} samples a step (trainer.batch_size x processes x "
+                f"trainer.gradient_accumulation), and this run has {_product(here)}: choose them so that the product "
+                "stays, or trainer.resume=false to start over"
+            )
+        if there[1] != here[1] and self.is_world_process_zero():
+            logger.warning(
+                "%s was saved by %d processes and goes on with %d: the samples of a step and their order stay; random "
+                "draws such as dropout are each process's own and become others%s",
+                *(checkpoint, there[1], here[1]),
+                f", seeded anew for process {there[1]} and up" if there[1] < here[1] else "",
+            )
+
+    def _init_training_state(self, max_steps, *args):
+        found = super()._init_training_state(max_steps, *args)
+        # The Trainer takes how often to log, evaluate and save from the checkpoint; what the command says counts.
+        self.state.compute_steps(self.args, max_steps)
+        return found
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        model = self.accelerator.unwrap_model(model or self.model)
-        saved = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-        expected = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-        shapes = {name: tensor.shape for name, tensor in saved.items()}
-        if shapes != expected:
-            odd = [name for name in sorted({*shapes, *expected}) if shapes.get(name) != expected.get(name)][:3]
-            raise UserError(
-                f"{resume_from_checkpoint} was made by another model or configuration: it differs in {', '.join(odd)}"
-            )
-        model.load_state_dict(saved, strict=False)
+        """Nothing yet: the weights are loaded once the back end has them in its hands."""
 
-    def _save_optimizer_and_scheduler(self, output_dir) -> None:
-        if not self._plain:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            tensors, plain = flatten_optimizer(self.optimizer.state_dict())
-            save_file(tensors, Path(output_dir) / "optimizer.safetensors")
-            schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-            (Path(output_dir) / "optimizer.json").write_text(json.dumps({"optimizer": plain, "schedule": schedule}))
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        found = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            self.load_weights(folder)
+            module = self.accelerator.unwrap_model(self.model)
+            set_optimizer_states(module, self.optimizer, load_file(folder / "optimizer.safetensors"))
+            self._load_schedule(folder / "schedule.json")
+        return found
 
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        if checkpoint is None or not self._plain:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        plain = json.loads((Path(checkpoint) / "optimizer.json").read_text())
-        tensors = load_file(Path(checkpoint) / "optimizer.safetensors")
-        self.optimizer.load_state_dict(unflatten_optimizer(tensors, plain["optimizer"]))
-        self.lr_scheduler.load_state_dict({**plain["schedule"], "lr_lambdas": [None]})
+    def load_weights(self, checkpoint: Path) -> None:
+        """Give the model the trainable weights of a checkpoint; every process calls it. Raises UserError."""
+        saved = load_file(checkpoint / "model.safetensors")
+        set_weights(self.accelerator.unwrap_model(self.model), saved, str(checkpoint))
 
-    def _save_rng_state(self, output_dir) -> None:
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        drawn = np.random.get_state(legacy=False)
-        version, words, cached = random.getstate()
-        tensors = {
-            "torch": torch.get_rng_state(),
-            "numpy": torch.from_numpy(drawn["state"]["key"].astype(np.int64)),
-            "python": torch.tensor(words),
-        }
-        if torch.cuda.is_available():
-            tensors["cuda"] = torch.cuda.get_rng_state()
-        rank = self.args.process_index
-        save_file(tensors, folder / f"rng-{rank}.safetensors")
-        numpy = [drawn["bit_generator"], drawn["state"]["pos"], drawn["has_gauss"], drawn["gauss"]]
-        plain = {"numpy": numpy, "python": [version, cached]}
-        (folder / f"rng-{rank}.json").write_text(json.dumps(plain))
+    def _load_schedule(self, path: Path) -> None:
+        schedule = json.loads(path.read_text())
+        rates, groups = schedule["_last_lr"], self.optimizer.param_groups
+        if len(rates) != len(groups):
+            raise UserError(f"{path.parent} has {len(rates)} learning rates and this run {len(groups)} groups of them")
+        self.lr_scheduler.load_state_dict({**schedule, "lr_lambdas": [None] * len(rates)})
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
 
     def _load_rng_state(self, checkpoint) -> None:
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / f"rng-{self.args.process_index}.safetensors"
-        if not path.is_file():
-            logger.warning(
-                "%s has no random state for process %d: draws differ from an uninterrupted run",
-                checkpoint,
-                self.args.process_index,
-            )
-            return
-        tensors, plain = load_file(path), json.loads(path.with_suffix(".json").read_text())
-        torch.set_rng_state(tensors["torch"])
-        name, position, has_gauss, gauss = plain["numpy"]
-        np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
-        random.setstate((plain["python"][0], tuple(tensors["python"].tolist()), plain["python"][1]))
-        if "cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["cuda"])
+        if checkpoint is not None:
+            seed = [self.args.seed, self.state.global_step]
+            set_random_state(Path(checkpoint), self.args.process_index, seed)
 
 
-def trainable_state(model: nn.Module, state_dict: dict | None = None) -> dict[str, Tensor]:
-    """The trainable parameters by name, on the CPU. Tied ones are stored under each of their names."""
-    wanted = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    source = state_dict if state_dict is not None else dict(model.named_parameters())
-    return {name: source[name].detach().cpu().clone().contiguous() for name in wanted}
+def _product(batch: list[int]) -> str:
+    return f"{' x '.join(map(str, batch))} = {int(np.prod(batch))}"
+
+
+# ---- random state --------------------------------------------------------------------------------------------------
+
+
+def random_state() -> dict[str, Any]:
+    """Where torch's, numpy's and Python's generators of this process (and its GPU's) stand."""
+    drawn = np.random.get_state(legacy=False)
+    version, words, cached = random.getstate()
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(drawn["state"]["key"].astype(np.int64)),
+        "python": torch.tensor(words),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    numpy = [drawn["bit_generator"], drawn["state"]["pos"], drawn["has_gauss"], drawn["gauss"]]
+    return {"tensors": tensors, "plain": {"numpy": numpy, "python": [version, cached]}}
+
+
+def write_random_states(folder: Path, drawn: list[dict[str, Any]]) -> None:
+    """rng.safetensors and rng.json of all processes, by rank."""
+    tensors = {f"{rank}.{key}": t for rank, state in enumerate(drawn) for key, t in state["tensors"].items()}
+    save_file(tensors, folder / "rng.safetensors")
+    (folder / "rng.json").write_text(json.dumps([state["plain"] for state in drawn]))
+
+
+def set_random_state(folder: Path, rank: int, seed: list[int]) -> None:
+    """Put the generators where process `rank` had them; where none of that rank was saved, seed them by `seed` and
+    the rank."""
+    states = json.loads((folder / "rng.json").read_text())
+    if rank >= len(states):
+        drawn = [int(word) for word in np.random.SeedSequence([*seed, rank]).generate_state(3)]
+        torch.manual_seed(drawn[0])  # the GPU's too
+        np.random.seed(drawn[1])
+        random.seed(drawn[2])
+        return
+    tensors, plain = load_file(folder / "rng.safetensors"), states[rank]
+    torch.set_rng_state(tensors[f"{rank}.torch"])
+    name, position, has_gauss, gauss = plain["numpy"]
+    np.random.set_state((name, tensors[f"{rank}.numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    random.setstate((plain["python"][0], tuple(tensors[f"{rank}.python"].tolist()), plain["python"][1]))
+    if f"{rank}.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[f"{rank}.cuda"])

@@ -10,8 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +22,8 @@ from torch.utils.data import Dataset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from persona.errors import UserError
-from persona.training.checkpoints import WholeCheckpoints, newest, steps
+from persona.training.checkpoints import WholeCheckpoints, manifest, newest_for_all, steps
+from persona.training.signals import Interrupted, Signals, Stopped, any_process
 from persona.training.watch import Metrics, Watched
 
 if TYPE_CHECKING:
@@ -56,55 +55,13 @@ class TrainerConfig:
     log_every: int = 10
     eval_every: float = 0.25  # < 1: share of all steps; >= 1: steps
     save_every: float = 0.25
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest; that of the best dev loss stays besides
+    weights: str = "last"  # last | best: which step's the personalizer gets (best: that of the best dev loss)
+    grace_seconds: float = 300.0  # from a signal to the end, as slurm/train.sbatch asks for
     workers: int = 0  # processes that prepare batches
     resume: bool = True
     wandb: str = "offline"  # offline | online | disabled
     cpu: bool = False  # stay on the CPU even where there is a GPU
-
-
-class Stopped(SystemExit):
-    """Training was asked to stop and saved first. Exit status 143, as for SIGTERM."""
-
-    def __init__(self, step: int, folder: Path):
-        super().__init__(143)
-        self.message = f"stopped after step {step}; the same command goes on from {folder}"
-
-
-class _Signals(TrainerCallback):
-    """SIGTERM and SIGUSR1 end the current step, save, and stop; all processes agree on the step."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if _any_process(self.asked, args.device):
-            self.asked = True
-            control.should_save = control.should_training_stop = True
-        return control
-
-
-def _any_process(flag: bool, device: torch.device) -> bool:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flag
-    tensor = torch.tensor(int(flag), device=device if torch.distributed.get_backend() != "gloo" else "cpu")
-    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-    return bool(tensor)
 
 
 class _Bar(ProgressCallback):
@@ -164,6 +121,16 @@ class OwnTrainer(Watched, WholeCheckpoints, _Trainer):
 class MethodTrainer(OwnTrainer, Trainer):
     """Trainer over a method's module; what its `notes()` gives, where it has them, is logged beside the loss."""
 
+    groups: list[dict[str, Any]] | None = None  # of the optimizer's parameters, where the Trainer's own will not do
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        # Made here and not given to the Trainer: under DeepSpeed it would forget it.
+        if self.optimizer is None and self.groups is not None:
+            known = self.args
+            options = {"lr": known.learning_rate, "weight_decay": known.weight_decay, "betas": (0.9, known.adam_beta2)}
+            self.optimizer = torch.optim.AdamW([{**options, **group} for group in self.groups])
+        return super().create_optimizer(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         module = self.accelerator.unwrap_model(self.model)
         if "loss" in logs and hasattr(module, "notes"):
@@ -201,9 +168,7 @@ def fit(
         data_collator=collate,
         callbacks=list(callbacks),
     )
-    if groups is not None:
-        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "betas": (0.9, config.adam_beta2)}
-        trainer.optimizer = torch.optim.AdamW([{**options, **group} for group in groups])
+    trainer.groups = groups
     run(trainer, config, out)
 
 
@@ -242,6 +207,8 @@ def arguments(
         save_strategy="steps",
         save_steps=config.save_every,
         save_total_limit=config.keep_checkpoints,
+        metric_for_best_model="loss" if evaluates else None,
+        greater_is_better=False,
         dataloader_num_workers=config.workers,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -252,28 +219,50 @@ def arguments(
     )
 
 
-def run(trainer: Trainer, config: TrainerConfig, out: Path) -> None:
+def run(trainer: OwnTrainer, config: TrainerConfig, out: Path) -> None:
     """Train to the end, from the newest whole checkpoint in `out/checkpoints` on, with signals, metrics and progress.
 
-    Raises Stopped after a SIGTERM or SIGUSR1 (a checkpoint is saved first).
+    Leaves the trainer's model with the last weights, or those of the best dev loss (`config.weights`).
+    Raises Stopped after a SIGTERM or SIGUSR1 (a checkpoint is saved first), UserError for a checkpoint in another
+    format, of another model or with another number of samples a step.
     """
     folder = out / "checkpoints"
-    trainer.remove_callback(ProgressCallback)
-    bar = _Bar()
-    trainer.add_callback(bar)
-    signals = _Signals()
-    trainer.add_callback(signals)
-    metrics = Metrics(trainer, config, out)
-    trainer.add_callback(metrics)
-    last = newest(folder) if config.resume else None
+    last = newest_for_all(folder) if config.resume else None
     if last is not None:
-        logger.warning("going on from %s", last)
+        trainer.check(last)
+        if trainer.is_world_process_zero():
+            logger.warning("going on from %s", last)
+        trainer.args.eval_on_start = not manifest(last)["evaluated"]  # the evaluation it was stopped in
     elif trainer.is_world_process_zero():
         # Those of an earlier run would count as newer than this one's, at the next resume and when the oldest go.
         for old in steps(folder) if not config.resume else []:
             logger.warning("trainer.resume=false: %s of an earlier run is removed", old)
             shutil.rmtree(old)
+    bar, metrics = _Bar(), Metrics(trainer, config, out)
+    signals = Signals(config.grace_seconds, manifest(last)["seconds"] if last is not None else None, folder)
+    trainer.signals = signals
+    trainer.remove_callback(ProgressCallback)
+    for callback in (bar, signals, metrics):
+        trainer.add_callback(callback)
     with bar.closed(), signals.listening(), closing(metrics):
-        trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
-    if signals.asked and trainer.state.global_step < trainer.state.max_steps:
-        raise Stopped(trainer.state.global_step, folder)
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+        except Interrupted:
+            signals.asked = True
+        if any_process(signals.asked):
+            raise Stopped(trainer.state.global_step, folder)
+        if config.weights == "best":
+            _take_best(trainer)
+
+
+def _take_best(trainer: OwnTrainer) -> None:
+    best, state = trainer.best(), trainer.state
+    if best is not None and state.best_global_step != state.global_step:
+        trainer.load_weights(best)
+    if trainer.is_world_process_zero():
+        logger.warning(
+            "trainer.weights=best: %s",
+            f"those of step {state.best_global_step}, dev loss {state.best_metric:.4f}"
+            if best is not None
+            else "there was no dev loss, the last ones are taken",
+        )

@@ -41,7 +41,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import TrainerCallback
 
 from persona import heartbeat
-from persona.files import LineWriter, atomic_write, read_lines
+from persona.files import LineWriter, atomic_write, read_lines, write_json
 from persona.gpus import peak, precision_of
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ class Metrics(TrainerCallback):
         with atomic_write(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         if self.config.wandb != "disabled":
-            self.wandb = start_wandb(self.config, self.out)
+            self.wandb = start_wandb(self.config, self.out, goes_on=state.global_step > 0)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.window.steps += 1
@@ -291,9 +291,11 @@ class Metrics(TrainerCallback):
             self.wandb.finish()
 
 
-def start_wandb(config: TrainerConfig, out: Path) -> Any:
+def start_wandb(config: TrainerConfig, out: Path, goes_on: bool) -> Any:
     """A wandb run with the keys of metrics.jsonl, over `step`; in `out`/wandb unless the environment says otherwise.
 
+    A training that `goes_on` from a checkpoint goes on in the run whose id is in `out`/wandb.json. Offline every start
+    leaves a folder of its own, all with that id: `wandb sync` makes one run of them.
     Its configuration is the run's config.yaml, which holds no key or password: those are read from the environment.
     """
     import wandb
@@ -302,12 +304,18 @@ def start_wandb(config: TrainerConfig, out: Path) -> Any:
     # A stage trains below its run's folder: the run is where state.json is.
     files = [folder / "config.yaml" for folder in (out, *out.parents) if (folder / "state.json").is_file()][:1]
     whole = yaml.safe_load(files[0].read_text()) if files and files[0].is_file() else {"trainer": asdict(config)}
+    path = out / "wandb.json"
+    known = json.loads(path.read_text())["id"] if goes_on and path.is_file() else None
     run = wandb.init(
+        id=known,
+        resume="allow",
         project=os.environ.get("WANDB_PROJECT", "persona"),
         name=out.name,
         dir=os.environ.get("WANDB_DIR", str(out)),
         mode=os.environ.get("WANDB_MODE", config.wandb),
         config=whole,
     )
+    if run.id != known:
+        write_json(path, {"id": run.id})
     run.define_metric("*", step_metric="step")
     return run

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import traceback
 from pathlib import Path
 
 import torch
@@ -62,14 +65,19 @@ def settings(**changes) -> TrainerConfig:
 
 
 def run(
-    out: Path, module: nn.Module | None = None, data: Dataset | None = None, dev: Dataset | None = None, **changes
+    out: Path,
+    module: nn.Module | None = None,
+    data: Dataset | None = None,
+    dev: Dataset | None = None,
+    callbacks=(),
+    **changes,
 ) -> Toy:
     """One run; its draws start from a seed of its own, as a method's do."""
     torch.manual_seed(5)
     module = Toy() if module is None else module
     groups = [{"params": list(module.head.parameters())}, {"params": [module.slow], "lr": 0.001}]
     data = Points() if data is None else data
-    fit(module, data, Points(8) if dev is None else dev, collate, settings(**changes), out, groups)
+    fit(module, data, Points(8) if dev is None else dev, collate, settings(**changes), out, groups, callbacks)
     return module
 
 
@@ -79,3 +87,36 @@ def rows(out: Path) -> list[dict]:
 
 def curve(out: Path, key: str = "loss") -> dict[int, float]:
     return {row["step"]: row[key] for row in rows(out) if key in row}
+
+
+def _process_of_two(rank: int, port: int, act) -> int:
+    """A forked process that takes its place in a gloo group as torchrun would give it, and acts."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        from accelerate import PartialState
+        from accelerate.state import AcceleratorState
+
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
+        AcceleratorState._reset_state(reset_partial_state=True)  # this process's parent was alone
+        assert PartialState(cpu=True).num_processes == 2
+        act()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def in_two(act) -> list[int]:
+    """`act` in two processes of a gloo group; their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [_process_of_two(rank, port, act) for rank in range(2)]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
