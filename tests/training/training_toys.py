@@ -89,7 +89,7 @@ def curve(out: Path, key: str = "loss") -> dict[int, float]:
     return {row["step"]: row[key] for row in rows(out) if key in row}
 
 
-def _process_of_two(rank: int, port: int, act) -> int:
+def process_of_two(rank: int, port: int, act) -> int:
     """A forked process that takes its place in a gloo group as torchrun would give it, and acts."""
     child = os.fork()
     if child:
@@ -118,5 +118,5 @@ def in_two(act) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [_process_of_two(rank, port, act) for rank in range(2)]
+    children = [process_of_two(rank, port, act) for rank in range(2)]
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
