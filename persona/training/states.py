@@ -124,9 +124,8 @@ def set_optimizer_states(module: nn.Module, optimizer: Any, saved: Mapping[str, 
     state: dict[int, dict[str, Any]] = {}
     listed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(listed):
-        if (name := names.get(id(parameter))) in by_name:
-            values = by_name[name].items()
-            state[index] = {key: value if key == STEP else _like(parameter, value) for key, value in values}
+        if values := by_name.get(names.get(id(parameter), "")):
+            state[index] = {key: v if key == STEP else _like(parameter, v) for key, v in values.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

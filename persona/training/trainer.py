@@ -121,6 +121,7 @@ class OwnTrainer(Watched, WholeCheckpoints, _Trainer):
 class MethodTrainer(OwnTrainer, Trainer):
     """Trainer over a method's module; what its `notes()` gives, where it has them, is logged beside the loss."""
 
+    optimizer: torch.optim.Optimizer | None
     groups: list[dict[str, Any]] | None = None  # of the optimizer's parameters, where the Trainer's own will not do
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
