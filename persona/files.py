@@ -175,6 +175,15 @@ def read_lines(path: Path) -> Iterator[Any]:
                 raise UserError(f"{path}, line {number}, is not valid JSON ({error}).") from error
 
 
+def read_meta(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that says what other files are made of. Raises UserError when it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also what is no UTF-8
+        raise UserError(f"{path} is damaged, it is not valid JSON ({error}): restore or delete it") from error
+    return value if isinstance(value, dict) else {}
+
+
 class LineWriter:
     """Appends lines to a file: a written line survives the death of the process, a synced one the machine's.
 

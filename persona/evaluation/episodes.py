@@ -28,7 +28,7 @@ from persona.evaluation.roles import Cast as Cast
 from persona.evaluation.roles import Parrot, Player, Roles
 from persona.evaluation.runner import Processes, part, parts, place, run_episodes, usage, usage_files
 from persona.evaluation.statistics import Metric, check_metric
-from persona.files import atomic_write, write_json
+from persona.files import atomic_write, read_meta, write_json
 from persona.types import Sample, Score
 
 
@@ -216,7 +216,9 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         if any(file.exists() for file in parts(folder / "samples.jsonl")):
             raise UserError(f"{folder} holds samples but no meta.json; use another output folder or overwrite=true.")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    before = read_meta(path).get("settings")
+    if not isinstance(before, dict):
+        raise UserError(f"{path} does not say what its rows are of: restore it, or use overwrite=true.")
     differing = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
     if differing:
         shown = "; ".join(f"{key} was {_short(before.get(key))}, is {_short(settings.get(key))}" for key in differing)

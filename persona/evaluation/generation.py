@@ -29,7 +29,7 @@ from persona.errors import UserError
 from persona.evaluation.judges.judging import Unscored
 from persona.evaluation.roles import Cast, Roles
 from persona.evaluation.runner import Processes, part, parts, place, run_episodes, usage, usage_files
-from persona.files import atomic_write, read_lines, write_json
+from persona.files import atomic_write, read_lines, read_meta, write_json
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -144,7 +144,9 @@ def _line(row: Mapping[str, Any]) -> bytes:
 def _prepare(path: Path, made_of: Mapping[str, Any]) -> None:
     meta = path.with_name(f"{path.stem}.meta.json")
     there = [file for file in parts(path) if file.exists()]
-    before = json.loads(meta.read_text(encoding="utf-8")) if meta.exists() else None
+    before = read_meta(meta) if meta.exists() else None
+    if before is not None and not (isinstance(before.get("settings"), dict) and "items" in before):
+        raise UserError(f"{meta} does not say what its rows are of: restore it, or move both away")
     if there and before is None:
         raise UserError(f"{there[0]} was not made by this program ({meta.name} is missing): move it away")
     if before is not None and before != made_of:
