@@ -60,6 +60,7 @@ class _Now:
     tokens: int = 0  # that the base LM was given or has generated, padding aside
     positions: int = 0  # the same with padding
     asking: dict[str, int] = field(default_factory=dict)  # endpoint → requests without an answer yet
+    busy: float = 0.0  # seconds in which a local model answered episodes
     at: float = field(default_factory=time.monotonic)  # of the last progress
 
 

@@ -1,11 +1,11 @@
 """What runs below a folder are doing: `python -m persona.status outputs/` shows running, done and broken ones.
 
-    run                    what           state     progress                       last               seen
-    seeds/trainer.seed=1   persona_plug   running   120 of 500, 1.2/s, 5 min left  loss 0.93          9 s ago
-    seeds/trainer.seed=2   persona_plug   died      .1 of 2                        loss 2.11          2 h ago
-                                                    last seen in forward, at …
-    town_character         character      stalled   dpo, 40 of 300                 loss 0.61          8 s ago
-                                                    no progress for 14 min: process 1 is at …
+    run              what        state     progress                                last                seen
+    seeds/seed_1     finetune    stopped   0.684 of 1 epochs                       loss 1.641          10 s ago
+    seeds/seed_2     finetune    died      0.526 of 2 epochs                       loss 1.565          15 s ago
+    town_character   character   running   dpo, 40 of 88, 1.5 s each, 1 min left   loss 0.1713         15 s ago
+
+    seeds/seed_2: last seen at persona/training/… (inside torch/…, backward, 11 of 76 done)
 
 A run that says it is running is looked for: its process on this machine, its job in Slurm's queue, and its heartbeat
 (persona/heartbeat.py), which comes from every machine that shares the folder.
@@ -131,7 +131,7 @@ def _trained(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
     last = [
         f"{word} {values[key]:.4g}" for key, word in (("loss", "loss"), ("eval_loss", "dev loss")) if key in values
     ]
-    return f"{values['epoch']:g} of {config.get('trainer', {}).get('epochs', 0):g}", ", ".join(last)
+    return f"{values['epoch']:.3g} of {config.get('trainer', {}).get('epochs', 0):g} epochs", ", ".join(last)
 
 
 def _samples(folder: Path) -> Iterator[Path]:
@@ -229,7 +229,7 @@ def messages(found: Sequence[Run]) -> Iterator[Text]:
     """Why a run failed or stopped, and where one stands still: a paragraph each, below the table."""
     for run in found:
         if run.message:
-            yield Text.assemble((run.name, "bold"), " ", (run.state, COLOURS.get(run.state, "")), f": {run.message}")
+            yield Text.assemble((run.name, COLOURS.get(run.state, "")), f": {run.message}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for run in found:
             print(json.dumps(vars(run), sort_keys=True))
     elif found:
-        Console().print(table(found, time.time()), *messages(found))
+        Console().print(table(found, time.time()), *messages(found), sep="\n")
     else:
         print(f"no run below {arguments.folder} yet")
     return 0

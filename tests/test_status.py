@@ -36,7 +36,7 @@ def test_a_run_says_where_it_is_and_how_it_ended(tmp_path):
         )
         run = one(tmp_path)
         assert (run.name, run.what, run.state) == ("a/b", "persona_plug", "running")
-        assert (run.progress, run.last) == ("1.5 of 3", "loss 2.25, dev loss 3")
+        assert (run.progress, run.last) == ("1.5 of 3 epochs", "loss 2.25, dev loss 3")
     assert one(tmp_path).state == "done"
     with pytest.raises(Stopped), run_state(out):
         raise Stopped(7, out)

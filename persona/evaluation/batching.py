@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from persona import heartbeat
 from persona.errors import UserError
 from persona.types import Request, Response
 
@@ -153,6 +155,7 @@ class AsyncModel:
         """Each one's answer, and how many tokens its prompt lost."""
         requests = [entry.request for entry in batch]
         answers: Sequence[Any]
+        since = time.monotonic()
         if kind == "respond":
             answers = self._model.respond(requests)
         elif kind == "choose":
@@ -161,6 +164,7 @@ class AsyncModel:
             answers = self._model.reply_means(requests, [entry.target for entry in batch], *how)
         else:
             answers = self._model.loglikelihood(requests, [entry.target for entry in batch])
+        heartbeat.now.busy += time.monotonic() - since
         if len(answers) != len(batch):
             raise RuntimeError(f"The model gave {len(answers)} answers to {len(batch)} requests in {kind}.")
         return list(zip(answers, getattr(self._model, "cut", None) or (0,) * len(batch), strict=True))

@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -211,13 +212,18 @@ class _Usage:
 
 
 class _Bar:
-    """Progress with rate and time left: a bar on a terminal, a line now and then in a log file."""
+    """Progress with rates and time left: a bar on a terminal, a line now and then in a log file.
+
+    Tokens are those that local models were given (a shared beginning as often as it is asked) or wrote. Where
+    endpoints are asked, `waited` is the share of time in which no local model was at work.
+    """
 
     def __init__(self, title: str, total: int, left: int, shown: bool) -> None:
         self._title, self._total, self._left, self._done = title, total, left, 0
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._shown, self._started = shown, time.monotonic()
+        self._before = replace(heartbeat.now)
         self._spoke = self._started
         if shown and self._console.is_terminal:
             self._bar = Progress(
@@ -240,9 +246,18 @@ class _Bar:
         now = time.monotonic()
         rate = self._done / max(now - self._started, 1e-9)
         if self._bar is not None:
-            self._bar.update(self._task, advance=1, rate=f"{rate:.1f}/s")
+            self._bar.update(self._task, advance=1, rate=f"{rate:.1f}/s{self._rates(now)}")
         elif self._shown and (now - self._spoke > _REPORT_SECONDS or self._done == self._left):
             self._spoke = now
             minutes = (self._left - self._done) / rate / 60
             done = self._total - self._left + self._done
-            self._console.print(f"{self._title}: {done}/{self._total}, {rate:.1f}/s, {minutes:.1f} min left")
+            self._console.print(
+                f"{self._title}: {done}/{self._total}, {rate:.1f}/s{self._rates(now)}, {minutes:.1f} min left"
+            )
+
+    def _rates(self, now: float) -> str:
+        seconds, at, before = max(now - self._started, 1e-9), heartbeat.now, self._before
+        tokens, positions = at.tokens - before.tokens, at.positions - before.positions
+        said = f", {tokens / seconds:,.0f} tokens/s, padding {1 - tokens / positions:.0%}" if positions else ""
+        waited = 1 - min(1.0, (at.busy - before.busy) / seconds)
+        return f"{said}, waited {waited:.0%}" if at.asking else said
