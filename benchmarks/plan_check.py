@@ -1,13 +1,14 @@
 """What `plan=true` says beside what two processes really hold, send, compute and write, on the CPU.
 
     python benchmarks/plan_check.py                       # every run of RUNS under every back end, about 15 minutes
-    python benchmarks/plan_check.py --only finetune_lora --launches single zero2
+    python benchmarks/plan_check.py --only LoRA --launches single zero2
 
 Each run is a short training of its own in processes of its own. Held: bytes of live tensors, found through Python's
-garbage collector; DDP's buckets from its own log. Sent: arguments of torch.distributed's collectives, and DDP's buckets
-through a communication hook. Computed: PyTorch's FlopCounterMode around a training step of one process. Seconds: a step
-beside those operations at the rate of a matrix product of 1024³, measured in the same process. Written: files of a
-checkpoint. Printed is predicted / measured: for bytes one figure (they do not vary), else mean and 95 % interval.
+garbage collector; DDP's buckets from its own log. Sent: arguments of torch.distributed's collectives, and DDP's
+buckets through a communication hook. Computed: PyTorch's FlopCounterMode around a training step of one process.
+Seconds: a step beside those operations at the rate of a matrix product of 1024³, measured in the same process.
+Written: files of a checkpoint. Printed is predicted / measured: for bytes one figure (they do not vary), else mean and
+95 % interval.
 """
 
 from __future__ import annotations
@@ -34,27 +35,29 @@ from persona.config.launch import start, started, take_back_end
 from persona.plan import plan
 from persona.plan.backends import BUCKET
 
-SMALL = ["data.train=8", "data.dev=2", "data.test=1", "model=town", "trainer.wandb=disabled", "trainer.workers=0"]
-SHORT = ["trainer.max_steps=40", "trainer.batch_size=1", "trainer.eval_every=1000", "trainer.save_every=40"]
-FUSE = ["experiment=town_persona_fuse", "trainer.wandb=disabled", SHORT[0], *SHORT[2:]]
-RUNS: dict[str, list[str]] = {
-    "persona_plug": ["method=persona_plug", *SMALL, *SHORT],
-    "finetune_lora": ["method=finetune_lora", *SMALL, *SHORT],
-    "finetune_lora, 3 accumulated": ["method=finetune_lora", *SMALL, *SHORT, "trainer.gradient_accumulation=3"],
-    "finetune_lora, recomputed": ["method=finetune_lora", *SMALL, *SHORT, "trainer.gradient_checkpointing=true"],
-    "finetune_lora, bf16": ["method=finetune_lora", *SMALL, *SHORT, "trainer.precision=bf16"],
-    "finetune_full": ["method=finetune_full", *SMALL, *SHORT],
-    "user_lora": ["method=user_lora", *SMALL, *SHORT],
-    "persona_fuse, warm-up": [*FUSE, "method.skip=[router,joint]", "method.warmup.batch_size=1"],
-    "persona_fuse, joint": [*FUSE, "method.skip=[warmup,router]", "method.joint.batch_size=2"],
+SMALL = ["data.train=8", "data.dev=2", "data.test=1", "trainer.wandb=disabled", "trainer.workers=0"]
+SHORT = ["trainer.eval_every=1000"]
+LORA = ["method=finetune_lora", *SMALL, *SHORT, "trainer.batch_size=1"]
+FUSE = ["experiment=town_persona_fuse", "trainer.wandb=disabled", *SHORT]
+ALL = ("single", "ddp", "zero1", "zero2", "zero3")
+RUNS: dict[str, tuple[tuple[str, ...], list[str]]] = {
+    "LoRA": (ALL, LORA),
+    "LoRA, batches of 32": (("single",), [*LORA[:-1], "trainer.batch_size=32"]),
+    "LoRA, 3 accumulated": (ALL[1:], [*LORA, "trainer.gradient_accumulation=3"]),
+    "LoRA, recomputed": (("single", "zero3"), [*LORA, "trainer.gradient_checkpointing=true"]),
+    "LoRA, bf16": (("zero1", "zero2", "zero3"), [*LORA, "trainer.precision=bf16"]),
+    "fully": (("single", "ddp", "zero2", "zero3"), ["method=finetune_full", *SMALL, *SHORT, "trainer.batch_size=1"]),
+    "Persona-Plug": (("single", "ddp", "zero3"), ["method=persona_plug", *SMALL, *SHORT, "trainer.batch_size=1"]),
+    "PersonaFuse, warm-up": (("single", "zero3"), [*FUSE, "method.skip=[router,joint]", "method.warmup.batch_size=1"]),
+    "PersonaFuse, joint": (("single", "zero3"), [*FUSE, "method.skip=[warmup,router]", "method.joint.batch_size=2"]),
 }
-LAUNCHES = ("single", "ddp", "zero1", "zero2", "zero3")
 STEADY = 4  # the first steps, in which states are made, are left out
 LOOK = 8  # the step after which it is looked what is held
 
 # ---- in each process -----------------------------------------------------------------------------------------------
 
 sent: Counter[str] = Counter()
+peeks: list[Any] = []  # called once, at the next collective
 
 
 def count_collectives() -> None:
@@ -74,6 +77,8 @@ def count_collectives() -> None:
         def counted(*args: Any, _plain=plain, _kind=kind, _size=size, **kwargs: Any) -> Any:
             first = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor | list)]
             sent[_kind] += _size(*first)
+            while peeks:
+                peeks.pop()()
             return _plain(*args, **kwargs)
 
         setattr(torch.distributed, name, counted)
@@ -86,7 +91,11 @@ def nbytes(tensor: torch.Tensor) -> int:
 def storages(tensors: Iterator[torch.Tensor]) -> dict[int, int]:
     found = {}
     for tensor in tensors:
-        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta and tensor.layout == torch.strided:
+        if (
+            type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            and not tensor.is_meta
+            and tensor.layout == torch.strided
+        ):
             storage = tensor.untyped_storage()
             found[storage._cdata] = storage.nbytes()
     return found
@@ -105,12 +114,14 @@ class Watch:
         self.rows: list[dict[str, float]] = []
         self.before: dict[int, int] = {}
         self.held: dict[str, int] = {}
+        self.buffers = 0
 
     def step(self, plain, trainer, model, inputs, items=None):
         micro = trainer.accelerator.gradient_state.sync_gradients
         number = trainer.state.global_step
         if number == LOOK and trainer.accelerator.gradient_state.sync_gradients:
             self.before = alive()
+            peeks.append(self.peek)
         counting = self.flops and number % 2
         counter = FlopCounterMode(display=False) if counting else nullcontext()
         sent.clear()
@@ -124,6 +135,10 @@ class Watch:
             what = {"flops": counter.get_total_flops()} if counting else {"seconds": seconds}
             self.rows.append({**what, "step": number, **sent})
         return loss
+
+    def peek(self) -> None:
+        """While gradients are sent: what is as large as DeepSpeed's buffer."""
+        self.buffers = sum(size for size in alive().values() if size >= 2 * BUCKET)
 
     def look(self, model: torch.nn.Module, optimizer: Any) -> None:
         """Just before an optimizer step: gradients are what is alive and was not before the forward."""
@@ -139,19 +154,20 @@ class Watch:
         held = storages(iter(states))
         grads = storages(p.grad for p in parameters if p.grad is not None)
         new = {key: size for key, size in now.items() if key not in self.before and key not in {**weights, **held}}
-        buffers = {key: size for key, size in now.items() if size >= 2 * BUCKET}
         self.held = {
             "weights": sum(weights.values()),
             "optimizer": sum(size for key, size in held.items() if key not in weights),
-            "gradients": sum(size for key, size in {**new, **grads}.items() if key not in buffers),
-            "buffers": sum(buffers.values()),
+            "gradients": sum({**new, **grads}.values()),
+            "buffers": self.buffers,
         }
 
 
 def worker(name: str, launch: str, folder: Path) -> None:
     """One process of a run; writes what it saw to `folder`/<rank>.json."""
     count_collectives()
-    cfg = load_config("train", [*RUNS[name], f"launch={launch}", "trainer.cpu=true", f"output={folder / 'run'}"])
+    steps = 40 if launch == "single" else LOOK + 3
+    given = [f"trainer.max_steps={steps}", f"trainer.save_every={steps}", "trainer.cpu=true", f"launch={launch}"]
+    cfg = load_config("train", [*RUNS[name][1], *given, f"output={folder / 'run'}"])
     if started():
         take_back_end(cfg.launch)
     import train as script
@@ -180,8 +196,10 @@ def worker(name: str, launch: str, folder: Path) -> None:
             make(module, *args, **kwargs)
 
             def reduce(group, bucket):
-                return torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(
-                    lambda future: future.value()[0]
+                return (
+                    torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True)
+                    .get_future()
+                    .then(lambda future: future.value()[0])
                 )
 
             module.register_comm_hook(None, reduce)
@@ -227,7 +245,7 @@ def interval(predicted: float, values: list[float]) -> str:
 
 def compare(name: str, launch: str, seen: list[dict[str, Any]]) -> list[list[str]]:
     """Rows of the table: run, launch, quantity, predicted, measured, ratio."""
-    cfg = load_config("train", [*RUNS[name], f"plan_gpus={len(seen)}"])
+    cfg = load_config("train", [*RUNS[name][1], f"launch.num_processes={len(seen)}"])
     load, costs = plan(cfg).heaviest
     (cost,) = [one for one in costs if one.backend.launch == launch]
     rows: list[list[str]] = []
@@ -253,7 +271,9 @@ def compare(name: str, launch: str, seen: list[dict[str, Any]]) -> list[list[str
         seconds = [one["seconds"] for one in seen[0]["rows"] if "seconds" in one]
         row("seconds a forward", float(np.mean(flops)) / seen[0]["rate"], seconds)
     files = seen[0]["files"]
-    known = sum(size for file, size in files.items() if file.endswith((".safetensors", ".json", ".pt", ".bin", ".pth")))
+    known = sum(
+        size for file, size in files.items() if file.endswith((".safetensors", ".json", ".pt", ".bin", ".pth"))
+    )
     row("checkpoint, bytes", load.checkpoint + 15_600 * len(seen), [known])
     return rows
 
@@ -261,14 +281,14 @@ def compare(name: str, launch: str, seen: list[dict[str, Any]]) -> list[list[str
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="*", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--launches", nargs="*", choices=LAUNCHES, default=list(LAUNCHES))
+    parser.add_argument("--launches", nargs="*", choices=ALL, default=ALL)
     parser.add_argument("--worker", nargs=3)
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker[0], args.worker[1], Path(args.worker[2]))
     print("| run | launch | | predicted | measured | predicted / measured |\n|---|---|---|---|---|---|")
     for name in args.only:
-        for launch in args.launches:
+        for launch in [one for one in RUNS[name][0] if one in args.launches]:
             folder = Path(tempfile.mkdtemp())
             launched = load_config("train", [f"launch={launch}"]).launch
             launched.num_processes = 1 if launch == "single" else 2

@@ -78,7 +78,7 @@ def test_paper_experiments_have_the_published_global_batch() -> None:
     for lm in ("flan_t5_xxl", "flan_t5_xl", "llama2_7b"):
         cfg = load_config("train", [f"experiment=persona_plug_{lm}"])
         trainer = cfg.trainer
-        assert cfg.plan_gpus * trainer.batch_size * trainer.gradient_accumulation == 64
+        assert cfg.launch.num_processes * trainer.batch_size * trainer.gradient_accumulation == 64
         assert (trainer.learning_rate, trainer.weight_decay, trainer.warmup_ratio) == (1e-4, 1e-4, 0.05)
         assert (trainer.epochs, trainer.scheduler, trainer.precision) == (2, "linear", "bf16")
         assert (cfg.method.encoder.name, cfg.method.history_limit) == ("BAAI/bge-base-en-v1.5", 512)

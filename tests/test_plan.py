@@ -29,7 +29,13 @@ from persona.plan.models import count_kept, lm_activations, meta_lm
 from persona.plan.sizes import data_size
 
 SMALL_TOWN = ["data.train=4", "data.dev=2", "data.test=1"]
-PAPER = ["data=lamp", "data.task=LaMP_4", "trainer=paper", "plan_gpus=4", "method.encoder.name=BAAI/bge-base-en-v1.5"]
+PAPER = [
+    "data=lamp",
+    "data.task=LaMP_4",
+    "trainer=paper",
+    "launch.num_processes=4",
+    "method.encoder.name=BAAI/bge-base-en-v1.5",
+]
 
 
 def config(*overrides: str) -> TrainConfig:
@@ -210,7 +216,7 @@ def test_the_stages_of_a_character_by_hand(tmp_path: Path) -> None:
     cfg = config(
         *("experiment=character_llama31_8b", f"data.path={tmp_path / 'me.txt'}", "method.expand.per_trait=3"),
         *("method.distill.repeats=4", "method.introspect.reflections=7", "method.introspect.interactions=5"),
-        *("trainer.epochs=2", "plan_gpus=2", "trainer.gradient_checkpointing=true"),
+        *("trainer.epochs=2", "launch.num_processes=2", "trainer.gradient_checkpointing=true"),
     )
     made = plan(cfg)
     assert made.stages
@@ -290,7 +296,7 @@ def test_the_stages_of_persona_fuse_by_hand(tmp_path: Path) -> None:
     pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = config(
         *("method=persona_fuse", "trainer=persona_fuse", "model=llama31_8b", "data=situations", f"data.path={pool}"),
-        *("method.joint.objective=dpo", "teacher=endpoint", "teacher.endpoint.model=big", "plan_gpus=2"),
+        *("method.joint.objective=dpo", "teacher=endpoint", "teacher.endpoint.model=big", "launch.num_processes=2"),
         *("method.max_length=64", "method.router.max_length=32"),
     )
     made = plan(cfg)
@@ -398,8 +404,8 @@ def test_what_cannot_be_planned_is_said_in_a_sentence() -> None:
         plan(config("model.path=nobody/nothing", *SMALL_TOWN))
     with pytest.raises(UserError, match="model.architecture does not describe a model"):
         plan(config("model.path=nobody/nothing", "+model.architecture.model_type=lama", *SMALL_TOWN))
-    with pytest.raises(UserError, match="plan_gpus=6 should be a multiple of plan_nodes=4"):
-        plan(config(*SMALL_TOWN, "plan_gpus=6", "plan_nodes=4"))
+    with pytest.raises(UserError, match="launch.num_processes=6 has to be a multiple of launch.num_machines=4"):
+        plan(config(*SMALL_TOWN, "launch.num_processes=6", "launch.num_machines=4"))
     with pytest.raises(UserError, match="plan_rates.utilisation=1.5 should be above 0 and at most 1"):
         plan(config(*SMALL_TOWN, "plan_rates.utilisation=1.5"))
     with pytest.raises(UserError, match="plan_rates.gpu=H10 is unknown; did you mean H100"):

@@ -128,7 +128,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "d
 # What may change between a run and the command that goes on with it: nothing here moves a weight.
 RESUMABLE = {
     *("name", "output", "stage", "model.batch_size", "model.device", "model.device_map"),
-    *("plan", "plan_gpus", "plan_nodes", *(f"plan_rates.{part.name}" for part in fields(PlanRates))),
+    *("plan", *(f"plan_rates.{part.name}" for part in fields(PlanRates))),
     *(f"trainer.{key}" for key in ("resume", "wandb", "workers", "keep_checkpoints", "log_every", "cpu")),
     *("trainer.eval_every", "trainer.save_every", "trainer.weights", "trainer.grace_seconds"),
     *("trainer.batch_size", "trainer.gradient_accumulation"),  # their product with the processes has to stay

@@ -97,8 +97,8 @@ class RoleConfig:
 class TrainConfig:
     """`python train.py`. `personalizers` is the stack that the method is trained on top of (directories, names, or
     {name: settings}). Methods made of stages ask a `teacher` (null: the base LM itself) and a `judge`, and with
-    `stage` run that one alone. `plan=true` trains nothing and prints what a run would need on `plan_gpus` GPUs, those
-    of all `plan_nodes` nodes, at the rates of `plan_rates`."""
+    `stage` run that one alone. `plan=true` trains nothing and prints what a run would need on as many
+    processes and machines as `launch` says, at the rates of `plan_rates`."""
 
     name: str = MISSING
     output: str = MISSING
@@ -112,8 +112,6 @@ class TrainConfig:
     judge: dict[str, RoleConfig] = field(default_factory=dict)
     stage: str | None = None
     plan: bool = False
-    plan_gpus: int = 1
-    plan_nodes: int = 1
     plan_rates: PlanRates = field(default_factory=PlanRates)
 
 
@@ -276,7 +274,6 @@ POSITIVE: dict[type, tuple[str, ...]] = {
     PersonaGymConfig: ("seeds", "questions"),
     RevealedPreferencesConfig: ("pairs",),
     ToMBenchConfig: ("tries",),
-    TrainConfig: ("plan_gpus", "plan_nodes"),
     PlanRates: ("utilisation", "inter", "disk"),
 }
 

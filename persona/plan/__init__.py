@@ -1,6 +1,6 @@
 """`plan=true`: what a run would need, from configs alone. No weight is loaded.
 
-    python train.py experiment=… plan=true plan_gpus=16 plan_nodes=2 plan_rates.gpu=A100
+    python train.py experiment=… plan=true launch.num_processes=16 launch.num_machines=2 plan_rates.gpu=A100
 
 The model is built on torch's meta device. Parameters are counted on it, activations (one forward of a batch's shapes,
 adding up every tensor that autograd keeps for the backward pass) and operations (PyTorch's own counter). Memory per
@@ -24,7 +24,7 @@ __all__ = ["Plan", "plan"]
 
 
 def plan(cfg: TrainConfig) -> Plan:
-    """Sizes, memory and work of the run that `cfg` describes, for `cfg.plan_gpus` GPUs of `cfg.plan_nodes` nodes.
+    """Sizes, memory and work of the run that `cfg` describes, for the GPUs and nodes of `cfg.launch`.
 
     Loads no weight, and downloads nothing when `model.architecture` is given (or the model is a directory). Raises
     UserError when neither a config of the model nor a size of the data is to be had.
@@ -37,7 +37,7 @@ def plan(cfg: TrainConfig) -> Plan:
     return Plan(
         title=load.title,
         rates=cfg.plan_rates,
-        trainings=[(load, costs(load, cfg.plan_nodes, cfg.plan_gpus, cfg.plan_rates))],
+        trainings=[(load, costs(load, cfg.launch.num_machines, cfg.launch.num_processes, cfg.plan_rates))],
         save_every=cfg.trainer.save_every,
         data=size,
         notes=[
@@ -85,7 +85,9 @@ def _staged(cfg: TrainConfig, stages: Work) -> Plan:
     return Plan(
         title=f"{cfg.method.name} on {cfg.model.path}" + ("" if loads else ", which trains nothing"),
         rates=cfg.plan_rates,
-        trainings=[(load, costs(load, cfg.plan_nodes, cfg.plan_gpus, cfg.plan_rates)) for load in loads],
+        trainings=[
+            (load, costs(load, cfg.launch.num_machines, cfg.launch.num_processes, cfg.plan_rates)) for load in loads
+        ],
         save_every=cfg.trainer.save_every,
         stages=stages,
         held=held,
@@ -97,7 +99,7 @@ def _staged(cfg: TrainConfig, stages: Work) -> Plan:
 
 def _assumed(cfg: TrainConfig) -> list[str]:
     rates = cfg.plan_rates
-    inter = f", {rates.inter:g} GB/s out of a node" if cfg.plan_nodes > 1 else ""
+    inter = f", {rates.inter:g} GB/s out of a node" if cfg.launch.num_machines > 1 else ""
     return [
         f"assumed: {100 * rates.utilisation:g} % of the peak rate{inter}, {rates.disk:g} GB/s to disk (plan_rates.…); "
         "samples/s from communication in full to hidden behind computing, GPU-hours with it in full"

@@ -141,7 +141,10 @@ def costs(load: Load, nodes: int, gpus: int, rates: PlanRates) -> list[Cost]:
     Raises UserError where the GPUs cannot be spread evenly over the nodes.
     """
     if gpus % nodes:
-        raise UserError(f"plan_gpus={gpus} should be a multiple of plan_nodes={nodes}: all nodes have as many GPUs")
+        raise UserError(
+            f"launch.num_processes={gpus} has to be a multiple of launch.num_machines={nodes}, so "
+            "that every machine has as many"
+        )
     alone = cost(load, SINGLE, 1, 1, load.accumulation * gpus, rates)
     if gpus == 1:
         return [alone]

@@ -80,8 +80,8 @@ def _measured(
 ) -> DataSize:
     if not texts:
         raise UserError("there is nothing to plan for: the training split is empty")
-    count, how = _counter(cfg)
-    prompts = np.minimum([count(prompt) for prompt, _ in texts], cfg.method.max_input_length)
+    count, around, how = _counter(cfg)
+    prompts = np.minimum([count(prompt) + around for prompt, _ in texts], cfg.method.max_input_length)
     replies = np.array([count(reply) + 1 for _, reply in texts])
     source = f"{cfg.data.name} data as configured; tokens {how} on {len(texts)} samples, prompts without personalizers"
     return DataSize(
@@ -97,14 +97,24 @@ def _measured(
     )
 
 
-def _counter(cfg: TrainConfig) -> tuple[Callable[[str], int], str]:
+def _counter(cfg: TrainConfig) -> tuple[Callable[[str], int], int, str]:
+    """How to count a text, tokens that the chat template puts around a message, and what to say about it."""
     path = resolve(cfg.model.path)
     try:
         # A tokenizer is no weight; still nothing is fetched for a plan.
         tokenizer = AutoTokenizer.from_pretrained(path, revision=cfg.model.revision, local_files_only=True)
     except (OSError, ValueError):
-        return lambda text: math.ceil(1.3 * len(text.split())), "taken as 1.3 per word"
-    return lambda text: len(tokenizer(text, add_special_tokens=True)["input_ids"]), "counted"
+        return lambda text: math.ceil(1.3 * len(text.split())), 0, "taken as 1.3 per word"
+
+    def count(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
+    around = 0
+    if tokenizer.chat_template is not None:
+        message = {"role": "user", "content": "x"}
+        told = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        around = len(tokenizer(told, add_special_tokens=False)["input_ids"]) - count("x")
+    return count, around, "counted"
 
 
 def _published(cfg: TrainConfig) -> DataSize:
