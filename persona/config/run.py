@@ -149,8 +149,6 @@ def start_processes(cpu: bool = False) -> PartialState:
     evaluation left when the others are done, and when one dies its launcher ends them all.
     """
     cpu = cpu or not torch.cuda.is_available()
-    if cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise UserError("FSDP divides nothing on CPUs, accelerate would quietly make it ddp: choose zero3 or ddp")
     if cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         # gloo does without the op that DeepSpeed would compile first, for two minutes.
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -25,6 +25,7 @@ from persona.lm import BaseLM
 from persona.training.lora import CONFIG, WEIGHTS, LoraSettings, adapted, save_adapter, spare_head
 from persona.training.losses import preference_loss
 from persona.training.reference import Reference, reference_logps
+from persona.training.remainder import NOTHING
 from persona.training.rows import Tokens, padded, report_dropped, room
 from persona.training.trainer import OwnTrainer, TrainerConfig, arguments, run
 from persona.types import Conversation
@@ -140,6 +141,7 @@ class PreferenceTrainer(OwnTrainer, DPOTrainer):
     def __init__(self, *args: Any, beta: float, nll_coef: float, kl_coef: float, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.coefficients = {"beta": beta, "nll_coef": nll_coef, "kl_coef": kl_coef}
+        self.loss_is_scaled_for_ga = True  # by the number of pairs in the whole step
         self.model.forward = reply_logps(self.model)  # in TRL's place, and away again with the adapter
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
@@ -148,6 +150,11 @@ class PreferenceTrainer(OwnTrainer, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        super()._get_num_items_in_batch(batch_samples, device)  # marks what counts nothing
+        pairs = sum(len(batch["weights"]) for batch in batch_samples if NOTHING not in batch)
+        return self.accelerator.gather(torch.tensor(pairs, device=device)).sum()
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -155,7 +162,9 @@ class PreferenceTrainer(OwnTrainer, DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """The mean over the pairs of a batch; the Trainer takes the mean over accumulated batches and processes."""
+        """The sum over the pairs of a batch, divided by their number in the whole step (over accumulated batches and
+        processes); in evaluation the mean over the batch."""
+        nothing = inputs.pop(NOTHING, False)
         known = (inputs["ref_logps"], inputs["labels"][:, 1:] != -100)
         logps = model(**{name: inputs[name] for name in ("input_ids", "attention_mask", "labels")})
         chosen, rejected = zip(*(values.chunk(2) for values in (logps, *known)), strict=True)
@@ -163,16 +172,21 @@ class PreferenceTrainer(OwnTrainer, DPOTrainer):
         loss = preference_loss(
             *chosen, *rejected, **self.coefficients, chosen_weight=weights[0], rejected_weight=weights[1]
         )
-        self._note(loss.dpo, loss.nll, loss.kl, loss.margin)
-        return loss.total.mean()
+        self._note(loss.dpo, loss.nll, loss.kl, loss.margin, nothing)
+        if num_items_in_batch is None:
+            return loss.total.mean()
+        # The processes' gradients are averaged.
+        return loss.total.sum() * (0 if nothing else self.accelerator.num_processes) / num_items_in_batch
 
     @torch.no_grad()
-    def _note(self, dpo: Tensor, nll: Tensor, kl: Tensor, margin: Tensor) -> None:
+    def _note(self, dpo: Tensor, nll: Tensor, kl: Tensor, margin: Tensor, nothing: bool) -> None:
         values = torch.stack([dpo, nll, kl, self.coefficients["beta"] * margin, (margin > 0).float()], dim=-1)
-        means = self.accelerator.gather(values.detach()).mean(0).tolist()
+        # Sums, and how many there are last: the processes' batches may differ in length.
+        sums = torch.cat([values.sum(0), values.new_tensor([len(values)])]) * (not nothing)
+        *totals, count = self.accelerator.reduce(sums).tolist()
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in zip(("dpo", "nll", "kl", "rewards/margins", "rewards/accuracies"), means, strict=True):
-            metrics[name].append(value)
+        for name, value in zip(("dpo", "nll", "kl", "rewards/margins", "rewards/accuracies"), totals, strict=True):
+            metrics[name].append(value / count)
 
 
 def train_preferences(

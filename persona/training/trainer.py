@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from persona.errors import UserError
+from persona.training import shards
 from persona.training.checkpoints import WholeCheckpoints, manifest, newest_for_all, steps
+from persona.training.remainder import EveryRowOnce
 from persona.training.signals import Interrupted, Signals, Stopped, any_process
 from persona.training.watch import Metrics, Watched
 
@@ -86,8 +90,16 @@ class _Bar(ProgressCallback):
                     bar.close()
 
 
-class OwnTrainer(Watched, WholeCheckpoints, _Trainer):
-    """Mixin: whole checkpoints, what is measured, and a loss that is not finite ends the run and names its step."""
+class OwnTrainer(Watched, WholeCheckpoints, EveryRowOnce, _Trainer):
+    """Mixin: whole checkpoints, every row once an epoch, what is measured, FSDP on CPUs as well; a loss that is not
+    finite ends the run and names its step."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        state = PartialState()
+        if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            # On CPUs accelerate would quietly make it data parallel; it only asks whether this was a launch for GPUs.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
@@ -159,6 +171,10 @@ def fit(
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trainable:
         raise UserError("there is nothing to train: no parameter of the method is trainable")
+    # FSDP divides a model by the blocks that its class names.
+    models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    classes = {type(part).__name__ for part in module.modules()}
+    module._no_split_modules = sorted({name for one in models for name in one._no_split_modules or ()} & classes)  # type: ignore[assignment]
     module.accepts_loss_kwargs = True  # the Trainer then counts labels over all processes and accumulated batches
     evaluates = dev is not None and len(dev) > 0  # type: ignore[arg-type]
     trainer = MethodTrainer(
@@ -245,6 +261,7 @@ def run(trainer: OwnTrainer, config: TrainerConfig, out: Path) -> None:
     trainer.remove_callback(ProgressCallback)
     for callback in (bar, signals, metrics):
         trainer.add_callback(callback)
+    devices = shards.homes(trainer.model)
     with bar.closed(), signals.listening(), closing(metrics):
         try:
             trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
@@ -254,6 +271,7 @@ def run(trainer: OwnTrainer, config: TrainerConfig, out: Path) -> None:
             raise Stopped(trainer.state.global_step, folder)
         if config.weights == "best":
             _take_best(trainer)
+    shards.undo(trainer, devices)
 
 
 def _take_best(trainer: OwnTrainer) -> None:

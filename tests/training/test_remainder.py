@@ -1,0 +1,57 @@
+"""Every row of an epoch counts once, whatever the number of processes; what was divided is whole again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.utils.data import BatchSampler, SequentialSampler
+
+from persona.training import shards
+from persona.training.remainder import LeftOver
+
+
+@pytest.mark.parametrize(("rows", "processes"), [(8, 2), (7, 2), (5, 2), (1, 2), (9, 4), (3, 4), (11, 3)])
+def test_the_processes_batches_are_those_of_one_process_and_equally_many(rows: int, processes: int) -> None:
+    batches = BatchSampler(SequentialSampler(range(rows)), batch_size=2, drop_last=False)
+    shares = [LeftOver(batches, processes, rank) for rank in range(processes)]
+    read = [list(share) for share in shares]
+    assert {len(one) for one in read} == {len(shares[0])}
+    counted = [one[:-1] if share.missing else one for one, share in zip(read, shares, strict=True)]
+    assert sorted(row for one in counted for batch in one for row in batch) == list(range(rows))
+    for step in range(len(shares[0])):  # a step has the rows that one process with the whole batch would have
+        together = [row for one in counted for row in (one[step] if step < len(one) else [])]
+        assert together == list(range(rows))[step * 2 * processes : (step + 1) * 2 * processes]
+
+
+@pytest.fixture()
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_model_that_fsdp_divided_is_what_it_was_and_can_be_divided_again(llama, one_process) -> None:
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model = copy.deepcopy(llama.model)
+    ids = torch.arange(6)[None]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        for _ in range(2):
+            devices = shards.homes(model)
+            for block in model.model.layers:
+                fully_shard(block)
+            fully_shard(model)
+            model(input_ids=ids)
+            assert all(isinstance(parameter, DTensor) for parameter in model.model.layers.parameters())
+            shards.undo_fsdp2(model, devices)
+            assert not any(isinstance(part, FSDPModule) for part in model.modules())
+            assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+            assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+            assert torch.equal(model(input_ids=ids).logits, expected)
+    assert tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
