@@ -35,6 +35,7 @@ from persona.config import launch
 from persona.config.compose import CONFIGS, bind, check_overrides, same_config, unswept
 from persona.config.rates import PlanRates
 from persona.config.schemas import TrainConfig
+from persona.config.together import first_to_say, left_alone, said
 from persona.errors import UserError
 from persona.files import atomic_write, write_json
 from persona.heartbeat import beating
@@ -58,8 +59,9 @@ def sentences(everywhere: bool = True, sweep: bool = False) -> Iterator[None]:
     """A UserError becomes one line on stderr and exit status 2, and so does a disk that is full or closed to us
     wherever a library meets it; a stopped training says how to go on (143).
 
-    Not `everywhere`: all processes meet the same error, and one of them says it. In a `sweep` it stays an error, which
-    Hydra keeps until the other members are done; an exit would end them too.
+    Of several processes the first to fail says why, and the others end in silence. Not `everywhere`: they have not
+    found each other yet, all meet the same error, and rank zero says it. In a `sweep` it stays an error, which Hydra
+    keeps until the other members are done; an exit would end them too.
     """
     rank = os.environ.get("RANK", "0")
     who = "" if rank == "0" else f"[process {rank}] "
@@ -68,14 +70,21 @@ def sentences(everywhere: bool = True, sweep: bool = False) -> Iterator[None]:
     except (UserError, OSError) as error:
         if not isinstance(error, UserError) and error.errno not in _DISK:
             raise
-        if everywhere or rank == "0":
-            print(f"{who}error: {_one_line(error)}", file=sys.stderr, flush=True)
+        sentence = _one_line(error)
+        if first_to_say(sentence) if everywhere else rank == "0":
+            print(f"{who}error: {sentence}", file=sys.stderr, flush=True)
         if sweep:
             raise
         raise SystemExit(2) from None
     except Stopped as stopped:
         print(f"{who}{stopped.message}", file=sys.stderr, flush=True)
         raise
+    except RuntimeError as error:
+        if sweep or not left_alone(error):
+            raise
+        if said() == "":  # it was ended from outside, which whoever started it says
+            print(f"{who}ends, as another process of this run has gone", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
 
 
 def entry(function: Callable[[Any], Any], config_name: str) -> None:
@@ -93,29 +102,29 @@ def entry(function: Callable[[Any], Any], config_name: str) -> None:
     @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)
     def job(cfg: DictConfig) -> None:
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        with sentences(sweep=sweep):
-            bound = bind(cfg)
-            if sweep:
-                bound.output = f"{bound.output}/{HydraConfig.get().job.override_dirname.replace('/', '_')}"
-            if launch.wants_processes(bound.launch) and not getattr(bound, "plan", False):
-                script = str(inspect.getsourcefile(function))
-                again = sys.argv[1:]
+        try:
+            with sentences(sweep=sweep):
+                bound = bind(cfg)
                 if sweep:
-                    again = [*same_config(again), *HydraConfig.get().overrides.task, f"output='{bound.output}'"]
-                ended = launch.start(bound.launch, [sys.executable, script, *again], on_cpu(bound))
-                if sweep and 0 < ended < 128:  # not a signal: the others go on
-                    raise UserError(f"the processes of {bound.output} ended with status {ended}")
-                if ended:
-                    raise SystemExit(ended)
-                return
-            if launch.started():
-                launch.take_back_end(bound.launch)
-            try:
+                    bound.output = f"{bound.output}/{HydraConfig.get().job.override_dirname.replace('/', '_')}"
+                if launch.wants_processes(bound.launch) and not getattr(bound, "plan", False):
+                    script = str(inspect.getsourcefile(function))
+                    again = sys.argv[1:]
+                    if sweep:
+                        again = [*same_config(again), *HydraConfig.get().overrides.task, f"output='{bound.output}'"]
+                    ended = launch.start(bound.launch, [sys.executable, script, *again], on_cpu(bound))
+                    if sweep and 0 < ended < 128:  # not a signal: the others go on
+                        raise UserError(f"the processes of {bound.output} ended with status {ended}")
+                    if ended:
+                        raise SystemExit(ended)
+                    return
+                if launch.started():
+                    launch.take_back_end(bound.launch)
                 function(bound)
-            finally:
-                # A process that ends without this aborts now and then, after all work is done.
-                if torch.distributed.is_available() and torch.distributed.is_initialized():
-                    torch.distributed.destroy_process_group()
+        finally:
+            # A process that ends without this aborts now and then, after all work is done.
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
     job()
 
@@ -232,8 +241,8 @@ def run_state(output: Path | str) -> Iterator[None]:
                 write("stopped", stopped.message)
             raise
         except BaseException as error:
-            lines = str(error).strip().splitlines()
-            kind = "" if isinstance(error, UserError) else type(error).__name__
+            lines = ((said() if left_alone(error) else "") or str(error)).strip().splitlines()
+            kind = "" if isinstance(error, UserError) or left_alone(error) else type(error).__name__
             with suppress(UserError):  # on a full disk: what was raised first is what the user has to know
                 write("failed", ": ".join(part for part in (kind, *lines[:1]) if part))
             raise

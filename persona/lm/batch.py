@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from persona import heartbeat
+from persona.errors import UserError
 from persona.lm.load import BaseLM
 from persona.types import Request
 
@@ -146,3 +147,12 @@ def nll_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
     )
+
+
+def check_numbers(base: BaseLM, logps: Tensor) -> None:
+    """Raises UserError when log-probabilities [T] of a reply hold NaN: what was chosen by them means nothing."""
+    if bool(logps.isnan().any()):
+        raise UserError(
+            f"{base.name} gives log-probabilities that are not numbers: it overflows in {base.dtype}, or weights that "
+            "it or a personalizer brings are not finite"
+        )

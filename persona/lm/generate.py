@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from persona import heartbeat
-from persona.lm.batch import Edit, Row, assemble, entered, prompt_lengths, running
+from persona.lm.batch import Edit, Row, assemble, check_numbers, entered, prompt_lengths, running
 from persona.lm.load import BaseLM
 from persona.lm.prefix import Shared
 from persona.lm.score import score
@@ -174,6 +174,8 @@ def _generate(
     heartbeat.counted(sum(map(len, kept)), generated.numel())
     if sampling.num_beams == 1:
         steps = torch.stack(recorder.steps, dim=1).cpu()
+        for k, tokens in enumerate(kept):
+            check_numbers(base, steps[k, : len(tokens)])
         logprobs = [tuple(steps[k, : len(tokens)].tolist()) for k, tokens in enumerate(kept)]
     else:
         again = None if edit is None else lambda s: edit([batch[k] for k in s])

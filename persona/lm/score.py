@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from persona.lm.batch import Edit, Row, assemble, entered, prompt_lengths
+from persona.lm.batch import Edit, Row, assemble, check_numbers, entered, prompt_lengths
 from persona.lm.load import BaseLM
 from persona.lm.prefix import Shared, is_plain
 
@@ -112,6 +112,7 @@ def _score_batch(
 
     logps = logits.float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0].cpu()
     for k, option in enumerate(options):
+        check_numbers(base, logps[k, : len(option)])
         result[option_rows[k]].append(logps[k, : len(option)].clone())
 
 

@@ -12,18 +12,27 @@ import multiprocessing
 import os
 import resource
 import runpy
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from persona.errors import UserError
+from persona.methods import PERSONALIZERS
+from persona.personalizer import Personalizer
 
 ROOT = Path(__file__).resolve().parents[2]
 _FORK = multiprocessing.get_context("forkserver")
@@ -45,7 +54,7 @@ class Done:
     def said(self) -> list[str]:
         """The lines on stderr that are no progress and no warning."""
         lines = [line for line in self.err.replace("\r", "\n").splitlines() if line.strip()]
-        return [line for line in lines if line.startswith(("error: ", "[process ", "Traceback", "stopped"))]
+        return [line for line in lines if line.startswith(("error: ", "[process ", "Traceback", "stopped", "ends, "))]
 
     @property
     def sentence(self) -> str:
@@ -59,14 +68,43 @@ def command(
     script: str, arguments: Sequence[str], before: Callable[[], None] | None = None, timeout: float = 120
 ) -> Done:
     """Run `script` with these arguments; `before` runs first, in its process."""
-    with _files() as (out, err):
-        process = started(script, arguments, before, out, err)
-        process.join(timeout)
-        if process.is_alive():
+    return _finished(script, arguments, [before], timeout)[0]
+
+
+def two_processes(
+    script: str, arguments: Sequence[str], before: Callable[[], None] | None = None, timeout: float = 120
+) -> list[Done]:
+    """The same in two processes that find each other as those of srun do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    places = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return _finished(script, arguments, [partial(_in_place, place, before) for place in places], timeout)
+
+
+def _in_place(place: dict[str, str], before: Callable[[], None] | None) -> None:
+    os.environ.update(place)
+    if before is not None:
+        before()
+
+
+def _finished(
+    script: str, arguments: Sequence[str], befores: Sequence[Callable[[], None] | None], timeout: float
+) -> list[Done]:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        said = [(Path(folder) / f"out{i}", Path(folder) / f"err{i}") for i in range(len(befores))]
+        processes = [started(script, arguments, before, *files) for before, files in zip(befores, said, strict=True)]
+        until = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.1, until - time.monotonic()))
+        hung = [process for process in processes if process.is_alive()]
+        for process in hung:
             process.kill()
             process.join()
-            raise AssertionError(f"{script} hung; it said: {err.read_text()[-2000:]}")
-        return Done(process.exitcode or 0, out.read_text(errors="replace"), err.read_text(errors="replace"))
+        texts = [[path.read_text(errors="replace") if path.exists() else "" for path in files] for files in said]
+        assert not hung, f"{script} hung; it said: {[err[-2000:] for _, err in texts]}"
+        return [Done(process.exitcode or 0, *text) for process, text in zip(processes, texts, strict=True)]
 
 
 def import_for_all(names: Sequence[str] = _IMPORTED) -> None:
@@ -83,13 +121,6 @@ def started(
     process = _FORK.Process(target=_play, args=(script, list(arguments), before, str(out), str(err)))
     process.start()
     return process
-
-
-@contextmanager
-def _files() -> Iterator[tuple[Path, Path]]:
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        yield Path(folder) / "out", Path(folder) / "err"
 
 
 def _play(script: str, arguments: list[str], before: Callable[[], None] | None, out: str, err: str) -> None:
@@ -126,6 +157,47 @@ def no_privileges() -> None:
         assert libc.capget(header, sets) == 0
         sets[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
         assert libc.capset(header, sets) == 0
+
+
+class Trouble(Personalizer):
+    """Stands in a stack, and at call `call` of the first door in the process `rank` does `what`."""
+
+    method = "trouble"
+
+    def __init__(self, settings: dict[str, Any], weights: Any) -> None:
+        self.settings, self.weights, self.calls = settings, weights, 0
+
+    @classmethod
+    def load(cls, folder: Path, config: dict[str, Any], base: Any) -> Trouble:
+        return cls(config, base.model.model.norm.weight)
+
+    def config(self) -> dict[str, Any]:
+        return self.settings
+
+    @property
+    def now(self) -> bool:
+        here = os.environ.get("RANK", "0") == str(self.settings["rank"])
+        return here and self.calls >= self.settings["call"] and not Path(self.settings["over"]).exists()
+
+    def prompt(self, requests: Sequence[Any]) -> list[Any]:
+        self.calls += 1
+        if self.now and self.settings["what"] == "error":
+            raise UserError("row 3 of the data has no text")
+        if self.now and self.settings["what"] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.now and self.settings["what"] == "broken":
+            self.weights.fill_(float("nan"))
+        return list(requests)
+
+
+def with_trouble() -> None:
+    """Let a stack hold "trouble"."""
+    PERSONALIZERS["trouble"] = "fault_toys:Trouble"
+
+
+def trouble(what: str, call: int, over: Path, rank: int = 0) -> str:
+    """The stack in which it happens, until the file `over` is there."""
+    return f"personalizers=[{{trouble: {{what: {what}, call: {call}, rank: {rank}, over: {over}}}}}]"
 
 
 def small_files(size: int) -> None:
