@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from persona.errors import UserError
 from persona.files import sha256
 
 logger = logging.getLogger(__name__)
@@ -145,13 +146,17 @@ class Signals(TrainerCallback):
 
 def expected_seconds(model: torch.nn.Module, folder: Path) -> float:
     """What a save should take: fp32 weights and Adam's two moments of what is trained, at the rate at which a sample
-    of as many bytes (64 MiB at most) is written to `folder`, synced and hashed."""
+    of as many bytes (64 MiB at most) is written to `folder`, synced and hashed. Raises UserError where the disk does
+    not take it."""
     size = 12 * sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     sample = max(1, min(size, _PROBE))
     begun = time.monotonic()
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as stream:
-        stream.write(bytes(sample))
-        stream.flush()
-        os.fsync(stream.fileno())
-        sha256(stream.name)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as stream:
+            stream.write(bytes(sample))
+            stream.flush()
+            os.fsync(stream.fileno())
+            sha256(stream.name)
+    except OSError as error:
+        raise UserError(f"{folder} has no room for a checkpoint of {size / 1e6:.1f} MB: {error.strerror}") from error
     return (time.monotonic() - begun) * size / sample

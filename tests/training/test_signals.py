@@ -15,6 +15,7 @@ from training_toys import Points, Toy, curve, in_two, run
 from transformers import TrainerCallback, TrainerState
 
 from persona.config import run_state
+from persona.errors import UserError
 from persona.training.checkpoints import damage, manifest, newest, steps
 from persona.training.signals import Signals, Stopped, expected_seconds
 
@@ -169,6 +170,8 @@ def test_how_long_a_save_should_take(tmp_path):
     small, large = nn.Linear(10, 10), nn.Linear(4096, 4096)
     assert 0 < expected_seconds(small, tmp_path) < expected_seconds(large, tmp_path) < 60
     assert expected_seconds(large.requires_grad_(False), tmp_path) == 0 and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="there has no room for a checkpoint of 0.0 MB: No such file"):
+        expected_seconds(small, tmp_path / "there")
 
 
 def test_a_long_step_counts(tmp_path, caplog):
