@@ -152,16 +152,20 @@ def test_one_of_two_processes_gets_the_signal_in_an_evaluation(whole, tmp_path):
 
 
 def test_a_save_that_takes_too_long_is_announced_at_the_start(tmp_path, caplog):
-    def told() -> list[str]:
-        found = [record.getMessage() for record in caplog.records if "trainer.grace_seconds" in record.getMessage()]
-        caplog.clear()
-        return found
+    """Of a first start by a sample, of a resumed run by its last save; once, and before anything is saved."""
 
-    with caplog.at_level(logging.INFO):
+    def told() -> list[str]:
+        words = [record.getMessage().split()[0] for record in caplog.records if "signals" in record.name]
+        caplog.clear()
+        return words
+
+    with caplog.at_level(logging.INFO, logger="persona.training.signals"):
         run(tmp_path, max_steps=3)
-        assert "checkpoint saved in" in caplog.text and not told()
+        assert told() == ["checkpoint"]
         run(tmp_path, max_steps=6, grace_seconds=0.0)
-        assert len(told()) == 1
+        assert told() == ["a", "checkpoint"]
+        run(tmp_path / "first", max_steps=3, grace_seconds=0.0)
+        assert told() == ["a", "checkpoint"]
     assert 0 < manifest(newest(tmp_path / "checkpoints"))["seconds"] < 60
 
 
