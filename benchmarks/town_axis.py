@@ -4,7 +4,7 @@
 
 - separates: AUC of the axis between replies of the plain assistant and of held-out roles, layer by layer;
 - steers: the share of a role's idiom in replies to somebody who mentioned the role, by strength, along the axis,
-  random directions and directions orthogonal to it, of the same length;
+  random directions, and random ones orthogonal to it or to all that roles differ by, of the same length;
 - caps: role take-over under role prompts, where a role is mentioned, and further on in such conversations, without
   and with the cap; and what the town's plain tasks lose;
 - stacks: the same under a character's adapter, and how much of the character is left.
@@ -18,11 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file
 
 import persona
@@ -30,9 +32,10 @@ from persona import data, lm
 from persona.benchmarks.town_tasks import TownTasks, TownTasksConfig, gives
 from persona.evaluation.generation import seed_of
 from persona.evaluation.statistics import Metric, difference, estimate
+from persona.lm.edits import Edit, edited
 from persona.lm.residual import PLACES, Site, span_means
 from persona.metrics.projection import project
-from persona.personalizer import LanguageModel
+from persona.personalizer import LanguageModel, Personalizer
 from persona.town import lexicon as lx
 from persona.town import oracle
 from persona.town.assistant_documents import practice
@@ -137,39 +140,71 @@ def shares(model: LanguageModel, asked: Sequence[tuple[str, str, Conversation]])
     return [oracle.role_share(reply, role) for reply, (_, role, _) in zip(replies, asked, strict=True)]
 
 
+class Pushed(Personalizer):
+    """`strength` of a layer's mean norm along one direction, at every position."""
+
+    def __init__(self, base: Any, edits: Sequence[Edit]) -> None:
+        self.base, self.edits = base, edits
+
+    def modules(self, requests: Sequence[Request]) -> AbstractContextManager[Any]:
+        return edited(self.base.model, self.edits)
+
+
+def direction(kind: str, seed: int, axis: np.ndarray, roles: np.ndarray) -> np.ndarray:
+    """[hidden]: the axis; or a random one; or a random one without its part along the axis (orthogonal), or along the
+    axis and the roles' vectors [roles, hidden], less the assistant's (outside)."""
+    if kind == "axis":
+        return axis
+    drawn = np.random.default_rng(seed).standard_normal(len(axis))
+    if kind == "random":
+        return drawn
+    spanned = np.linalg.qr((axis[None] if kind == "orthogonal" else np.stack([axis, *roles])).T)[0]
+    return drawn - spanned @ (spanned.T @ drawn)
+
+
 def steers(
-    base: Any, folder: str, layers: str, asked: Sequence[tuple[str, str, Conversation]], seeds: int
-) -> dict[str, Any]:
-    """Slope of the role's share on the strength, among readable replies, and the share and what is unreadable by
-    strength."""
-    found: dict[str, Any] = {}
-    clusters = [role for _, role, _ in asked]
-    controls = [(kind, seed) for kind in ("random", "orthogonal") for seed in range(seeds)]
-    for kind, seed in [("axis", 0), *controls]:
-        table: dict[float, list[float | None]] = {}
-        for strength in STRENGTHS:
-            settings = {
-                "axis": folder,
-                "mode": "steer",
-                "layers": layers,
-                "strength": strength,
-                "direction": kind,
-                "seed": seed,
-            }
-            table[strength] = shares(persona.load(base, [{"assistant_axis": settings}]), asked)
-        by_role = {
-            role: _slope(table, [i for i, c in enumerate(clusters) if c == role]) for role in dict.fromkeys(clusters)
-        }
-        slope = mean(list(by_role.values()), list(by_role))
-        shown = {}
-        for strength, row in table.items():
-            read = [share for share in row if share is not None]
-            shown[f"{strength:g}"] = f"{np.mean(read):.3f} ({len(row) - len(read)} of {len(row)} unreadable)"
-        found[f"{kind} {seed}" if kind != "axis" else kind] = {"slope": told(slope), "share": shown}
-    return found
+    base: Any, folder: Path, layer: int, asked: Sequence[tuple[str, str, Conversation]], seeds: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Slope of the role's share on the strength, among readable replies; share and unreadable replies by strength.
+
+    The sign of a control is arbitrary: its slope's size counts, and the axis' place among the sizes.
+    """
+    found = load_file(folder / "personalizer" / "axis.safetensors")
+    vectors = load_file(folder / "stages" / "axis" / "vectors.safetensors")
+    roles = np.stack([v for name, v in vectors.items() if name.startswith("fully/")])[:, layer]
+    axis, norm = found["axis"][layer], float(found["norms"][layer])
+
+    def slope(kind: str, seed: int, strengths: Sequence[float]) -> tuple[Any, dict[str, str]]:
+        along = torch.from_numpy(direction(kind, seed, axis, roles - found["default"][layer])).float()
+        table = {}
+        for strength in strengths:
+            pushed = Pushed(base, [Edit(Site(layer), "add", along, strength, norm)])
+            table[strength] = shares(LanguageModel(base, [pushed]), asked)
+        clusters = [role for _, role, _ in asked]
+        names = list(dict.fromkeys(clusters))
+        of_roles = [_slope(table, [i for i, cluster in enumerate(clusters) if cluster == name]) for name in names]
+        shown = {f"{strength:g}": f"{np.mean([share for share in row if share is not None]):.3f} "
+                 f"({row.count(None)} of {len(row)} unreadable)" for strength, row in table.items()}  # fmt: skip
+        return mean(of_roles, names), shown
+
+    whole, shown = slope("axis", 0, STRENGTHS)
+    yield "axis", {"slope": told(whole), "share": shown}
+    for kind in ("random", "orthogonal", "outside"):
+        own = [slope(kind, seed, STRENGTHS[::2])[0] for seed in range(seeds)]
+        slopes = [one.value for one in own]
+        yield (
+            kind,
+            {
+                "slopes": [round(value, 3) for value in slopes],
+                "intervals without 0": sum(one.low > 0 or one.high < 0 for one in own),
+                "mean": told(mean(slopes, list(map(str, range(seeds))))),
+                "size": told(mean(np.abs(slopes).tolist(), list(map(str, range(seeds))))),
+                "p of the axis": (1 + sum(abs(value) >= abs(whole.value) for value in slopes)) / (1 + seeds),
+            },
+        )
 
 
-def _slope(table: dict[float, list[float | None]], places: list[int]) -> float:
+def _slope(table: Mapping[float, Sequence[float | None]], places: list[int]) -> float:
     points = [(strength, row[i]) for strength, row in table.items() for i in places if row[i] is not None]
     return float(np.polyfit([p[0] for p in points], [p[1] for p in points], 1)[0])
 
@@ -235,9 +270,9 @@ def main() -> None:
     parser.add_argument(
         "--traits", nargs="+", default=["curious", "caring", "optimistic"], help="those of the character"
     )
-    parser.add_argument("--steer", default="1:3", help="the layers that are steered")
+    parser.add_argument("--steer", type=int, default=2, help="the layer that is steered")
     parser.add_argument("--each", type=int, default=10, help="conversations per role and situation")
-    parser.add_argument("--controls", type=int, default=3, help="random and orthogonal directions, of each")
+    parser.add_argument("--controls", type=int, default=12, help="directions of each kind that is not the axis")
     parser.add_argument("--only", nargs="*", default=["separates", "steers", "caps", "stacks"])
     arguments = parser.parse_args()
     cap = str(arguments.folder / "personalizer")
@@ -256,7 +291,8 @@ def main() -> None:
         show("separates", lambda: separates(base, axis, people.test))
     if "steers" in arguments.only:
         mentioned = [one for one in asked if one[0] == "mentioned"]
-        show("steers", lambda: steers(base, cap, arguments.steer, mentioned, arguments.controls))
+        for kind, found in steers(base, arguments.folder, arguments.steer, mentioned, arguments.controls):
+            show(f"steers, {kind}", lambda found=found: found)
     if "caps" in arguments.only:
         show("caps", lambda: compare(plain, capped, asked))
         show("engaged", lambda: {str(layer): share for layer, share in capped.personalizers[0].engaged.items()})

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from benchmark_toys import Stated, run, values
 from safetensors.numpy import save_file
 
 import persona
+from evaluate import evaluate
 from persona.benchmarks.drift import SCRIPTED, SIMULATED, DriftConfig, _along, build, turns
+from persona.config import load_config
 from persona.errors import UserError
 from persona.evaluation.episodes import Cast, Trivial
 from persona.evaluation.judges.judging import ScriptedJudge, random_judge
@@ -21,6 +25,9 @@ from persona.lm.residual import Site
 from persona.personalizer import LanguageModel, Personalizer
 from persona.town import lexicon as lx
 from persona.types import Message, Request
+
+sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
+from fault_server import Answer, FaultServer
 
 PLAIN = "certainly , the fair is big today . i hope this helps ."
 
@@ -118,6 +125,32 @@ def test_a_simulated_user_sees_the_conversation_from_its_side_and_ends_it(tmp_pa
     assert not silent.values and silent.reason == "the simulated user said nothing"
     _, (long,) = run(built, Cast(cast.model, cast.judges, Stated(lambda r: "go on")), tmp_path / "long")
     assert len(long.transcript) == 2 * 15
+
+
+def test_a_simulated_user_may_be_a_server(tmp_path):
+    """Over HTTP, by the command: the town's LM talks with who is on the other side, and its replies are projected."""
+    axis, _ = axis_file(tmp_path, (4, 192))
+    path = jsonl(tmp_path, {"domain": "therapy", "persona": "You are a potter.", "topic": "Clay that cracks."})
+    said = ["how is the fair today ?", "i met the pirate today .", "END"]
+
+    def user(seen):  # the system prompt and the opening, then two messages a turn
+        return Answer(text=said[(len(seen.body["messages"]) - 2) // 2])
+
+    with FaultServer(user, ["user-7b"]) as server:
+        evaluate(load_config("evaluate", [
+            "benchmark=drift", f"benchmark.path={path}", f"benchmark.axis={axis}", "benchmark.max_new_tokens=16",
+            "user_simulator=endpoint", "user_simulator.endpoint.model=user-7b",
+            f"user_simulator.endpoint.base_url={server.url}", "trivial=false", "baselines=none", "model.device=cpu",
+            f"output={tmp_path / 'out'}",
+        ]))  # fmt: skip
+        first, last = server.seen[0].body["messages"], server.seen[-1].body["messages"]
+    (file,) = (tmp_path / "out").rglob("samples.jsonl")
+    (row,) = [json.loads(line) for line in file.read_text().splitlines()]
+    turns = [message["content"] for message in row["transcript"]]
+    assert turns[::2] == said[:2] and len(turns) == 4 and all(turns)
+    assert "You are a potter." in first[0]["content"] and len(server.seen) == 3
+    assert [message["content"] for message in last[2:]] == turns and last[2]["role"] == "assistant"
+    assert row["values"]["slope"] == pytest.approx(row["values"]["last"], rel=1e-5)
 
 
 # ---- projections ---------------------------------------------------------------------------------------------------
