@@ -158,8 +158,8 @@ def direction(kind: str, seed: int, axis: np.ndarray, roles: np.ndarray) -> np.n
     drawn = np.random.default_rng(seed).standard_normal(len(axis))
     if kind == "random":
         return drawn
-    spanned = np.linalg.qr((axis[None] if kind == "orthogonal" else np.stack([axis, *roles])).T)[0]
-    return drawn - spanned @ (spanned.T @ drawn)
+    spanned = (axis[None] if kind == "orthogonal" else np.stack([axis, *roles])).T
+    return drawn - spanned @ np.linalg.lstsq(spanned, drawn)[0]
 
 
 def steers(
@@ -209,6 +209,15 @@ def _slope(table: Mapping[float, Sequence[float | None]], places: list[int]) -> 
     return float(np.polyfit([p[0] for p in points], [p[1] for p in points], 1)[0])
 
 
+ANSWERS = dict(small_talk(form, topic, PLAIN_WORDS) for form in range(len(lx.SMALL_TALK)) for topic in lx.TOPICS)
+
+
+def answered(reply: str, conversation: Conversation) -> bool:
+    """Whether the reply has the answer to the small talk that the last message ends with."""
+    asked = conversation[-1].content
+    return any(asked.endswith(question) and answer in reply for question, answer in ANSWERS.items())
+
+
 def taken_over(reply: str, role: str) -> float:
     """1 where the role's idiom shows or nothing can be read: only a readable reply without it is the assistant's."""
     share = oracle.role_share(reply, role)
@@ -222,14 +231,16 @@ def compare(
     for situation in dict.fromkeys(kind for kind, _, _ in asked):
         own = [(role, conversation) for kind, role, conversation in asked if kind == situation]
         clusters = [role for role, _ in own]
-        values, unread = [], []
+        values, unread, right = [], [], []
         for model in (without, capped):
             replies = ask(model, [conversation for _, conversation in own])
+            right.append(sum(answered(reply, asked) for reply, (_, asked) in zip(replies, own, strict=True)))
             values.append([taken_over(reply, role) for reply, (role, _) in zip(replies, own, strict=True)])
             unread.append(sum(not oracle.readable(reply) for reply in replies))
         apart = paired(values[1], values[0], clusters)
         found[situation] = {"without": told(mean(values[0], clusters)), "capped": told(mean(values[1], clusters)),
-                            "difference": f"{told(apart)} p {apart.p:.4f}", "unreadable": unread}  # fmt: skip
+                            "difference": f"{told(apart)} p {apart.p:.4f}",
+                            "unreadable": unread, "answered": right}  # fmt: skip
     return found
 
 

@@ -25,7 +25,7 @@ FIGURES = {
 }
 OTHERS = {"expert_mixtures"}  # tests/methods/persona_fuse/test_fuse_notebook.py
 SMALL = (
-    "experiment=town_assistant_axis", "data.questions=2", "data.dev=14", "data.dev_questions=1",
+    "experiment=town_assistant_axis", "data.questions=2", "data.tasks=1", "data.dev=14", "data.dev_questions=1",
     "data.test_questions=1", "method.min_count=2", "method.calibration.every=2", "method.calibration.quantiles=[0.05]",
     "method.calibration.raises=[0,0.5]",
 )  # fmt: skip
