@@ -350,7 +350,7 @@ def said(case: Case, run: Run, kind: str, where: str, code: int | None) -> list[
     wrong = []
     if case.processes == 1 and code != 143:
         wrong.append(f"status {code}")
-    told = [line for line in text.splitlines() if "stopped " in line]
+    told = [line for line in text.splitlines() if "the same command goes on from" in line]
     if where != START and not 1 <= len(told) <= case.processes:
         wrong.append(f"{len(told)} sentences")
     if case.processes == 1 and "Traceback" in text:

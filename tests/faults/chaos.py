@@ -56,8 +56,9 @@ APC = ("experiment=town_apc", *TRAINER, *TEACHER, "data.train=2", "data.test=1",
        "method.natural=4", "method.told=0", "method.discriminator.relevance_epochs=1",
        "method.discriminator.nli_epochs=1", "method.samples=3", "trainer.max_steps=12", "trainer.save_every=3",
        "trainer.batch_size=4")  # fmt: skip
-AXIS = ("experiment=town_assistant_axis", *TRAINER, "data.questions=6", "data.dev_questions=1",
-        "method.min_count=2", "method.calibration.widths=[1]", "method.calibration.raises=[0,1]")  # fmt: skip
+AXIS = ("experiment=town_assistant_axis", *TRAINER, "data.questions=4", "data.dev=16", "data.dev_questions=1",
+        "data.dev_tasks=8", "method.max_new_tokens=16", "method.min_count=2", "method.calibration.widths=[1]",
+        "method.calibration.raises=[0]")  # fmt: skip
 
 CASES = (
     Case("finetune_lora", "train.py", (*FINETUNE, "trainer.workers=1")),
