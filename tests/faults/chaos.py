@@ -153,12 +153,12 @@ def prepare(folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="a case, or those whose name holds this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="a folder for what is made, which else is removed")
     given = parser.parse_args()
     rng = random.Random(given.seed)
-    chosen = [case for case in cases() if given.only in case.name]
+    chosen = [case for case in cases() if given.only == case.name] or [c for c in cases() if given.only in c.name]
     if not chosen:
         parser.error(f"no case is called {given.only}: there are {', '.join(case.name for case in cases())}")
     root = given.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
