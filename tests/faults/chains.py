@@ -4,6 +4,7 @@ what it leaves when nothing happens to it."""
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import socket
@@ -112,6 +113,7 @@ class Tasks:
 
 
 def begin(environment: dict[str, str]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # as where Python was started by a user
     os.setsid()
     os.environ.update(environment)
 
