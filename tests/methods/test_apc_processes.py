@@ -153,9 +153,9 @@ def in_the_middle_of(what: str, work: Path) -> bool:
 
 def killed(stages, out: Path, act) -> list[str]:
     """Run `act` in a process that is killed in the middle of each of `stages`, then let it end. Those it was caught
-    in."""
-    caught = []
-    for stage in (*stages, ""):
+    in: one that passes unseen on a busy machine leaves the ones after it to be met."""
+    caught, left = [], list(stages)
+    while True:
         child = os.fork()
         if not child:
             status = 1
@@ -166,18 +166,20 @@ def killed(stages, out: Path, act) -> list[str]:
                 traceback.print_exc()
             finally:
                 os._exit(status)
-        ended = status = 0
-        while stage and not ended:
-            if in_the_middle_of(stage, out / "stages" / "work"):
-                os.kill(child, signal.SIGKILL)
-                break
-            time.sleep(0.002)
-            ended, status = os.waitpid(child, os.WNOHANG)
+        ended, status, where = 0, 0, ""
+        while left and not ended and not where:
+            where = next((stage for stage in left if in_the_middle_of(stage, out / "stages" / "work")), "")
+            if not where:
+                time.sleep(0.002)
+                ended, status = os.waitpid(child, os.WNOHANG)
+        if where:
+            os.kill(child, signal.SIGKILL)
+            caught.append(where)
+            left = left[left.index(where) + 1 :]
         code = os.waitstatus_to_exitcode(status if ended else os.waitpid(child, 0)[1])
-        assert code == (0 if not stage or ended else -signal.SIGKILL), stage
-        if code:
-            caught.append(stage)
-    return caught
+        assert code == (-signal.SIGKILL if where else 0), where
+        if not where:
+            return caught
 
 
 def same_adapters(one: Path, two: Path, stage: str) -> bool:
@@ -187,7 +189,7 @@ def same_adapters(one: Path, two: Path, stage: str) -> bool:
 
 def test_killed_in_every_stage_it_ends_as_one_that_ran_through(whole, base, teacher, tmp_path):
     caught = killed(WORK, tmp_path, lambda: run(base, teacher, tmp_path))
-    assert len(caught) >= len(WORK) - 1  # on a busy machine a moment may pass unseen
+    assert len(caught) >= len(WORK) - 2  # on a busy machine a moment may pass unseen
     assert texts(tmp_path, "statements", "queries", "labels", "pairs") == texts(
         whole, "statements", "queries", "labels", "pairs"
     )
