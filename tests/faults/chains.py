@@ -230,7 +230,7 @@ def uninterrupted(case: Case, root: Path, url: str, fork: bool = False) -> Refer
     seconds: dict[str, float] = {}
     before = time.monotonic()
     while run.process.poll() is None:
-        time.sleep(0.005)
+        time.sleep(0.02)
         now = time.monotonic()
         where = run.place
         seconds[where] = seconds.get(where, 0.0) + now - before
@@ -340,7 +340,7 @@ def watched(run: Run, order: Sequence[str], target: str, reference: Reference, r
         beyond = where in order and where != START and order.index(where) > order.index(target)
         if beyond or (seen is not None and time.monotonic() - seen >= late):
             return where
-        time.sleep(0.002)
+        time.sleep(0.01)
     return ""
 
 

@@ -36,7 +36,7 @@ from fault_toys import import_for_all  # noqa: E402
 TRAINER = ("trainer.cpu=true", "model.device=cpu", "trainer.wandb=disabled", "trainer.resume=true",
            "trainer.log_every=1", "trainer.keep_checkpoints=2")  # fmt: skip
 TOWN = ("data.train=4", "data.dev=2", "data.test=1")
-STEPS = ("trainer.max_steps=40", "trainer.save_every=6", "trainer.eval_every=15", "trainer.batch_size=4")
+STEPS = ("trainer.max_steps=24", "trainer.save_every=4", "trainer.eval_every=10", "trainer.batch_size=4")
 TEACHER = ("teacher=endpoint", "teacher.endpoint.model=judge-7b", "teacher.endpoint.base_url={url}")
 JUDGE = ("judge=endpoint", "judge.endpoint.endpoint.model=judge-7b", "judge.endpoint.endpoint.base_url={url}")
 
@@ -49,7 +49,7 @@ FUSE = ("experiment=town_persona_fuse", *TRAINER, "data.train=50", "data.dev=4",
 CHARACTER = ("experiment=town_character", *TRAINER, *TEACHER, "data.limit=6", "method.extra_prompts=null",
              "method.prompts={root}/../prompts",
              "method.expand.per_trait=8", "method.introspect.reflections=2", "method.introspect.interactions=1",
-             "trainer.max_steps=20", "trainer.save_every=4", "trainer.batch_size=4")  # fmt: skip
+             "trainer.max_steps=10", "trainer.save_every=3", "trainer.batch_size=4")  # fmt: skip
 APC = ("experiment=town_apc", *TRAINER, *TEACHER, "data.train=2", "data.test=1", "data.questions=4",
        "method.queries=teacher", "method.queries_per_statement=1", "method.max_queries=4",
        "method.reward=discriminators", "method.other_responses=3", "method.others=2", "method.gap=0.0",
