@@ -122,6 +122,14 @@ class OwnTrainer(Watched, WholeCheckpoints, EveryRowOnce, _Trainer):
             )
         return metrics
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # transformers looks whether all steps are done after a step only: a run that was killed behind its last one,
+        # in the middle of an epoch, would take one more when it is resumed.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
     # TRL's trainers write a model card beside every checkpoint and tell the hub what is trained.
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         pass

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = "PERSONA_CHAOS"  # in the environment of everything that a chain starts, and so a name for its processes
 # Of all processes, of one of several, of the one alone that started them.
 GROUP, TERM, RANK, LAUNCHER = "SIGKILL", "SIGTERM", "SIGKILL of one rank", "SIGKILL of the launcher"
-START, END = "start", "end"  # before a run has said that it runs; behind its last stage
+# Before a run has said that it runs; between two stages; behind its last one.
+START, BETWEEN, END = "start", "between", "end"
 PATIENCE = 900.0  # seconds for a run to end by itself
 BOUND = 120.0  # … once it was killed or told to stop
 
@@ -51,8 +52,9 @@ class Case:
         return [*(argument.format(**places) for argument in self.arguments), f"output={out}"]
 
 
-def place_of(case: Case, out: Path, since: float) -> str:
-    """The stage that a run is in which was started at `since`, as its folder shows."""
+def place_of(case: Case, out: Path, since: float, records: int = 0) -> str:
+    """The stage that a run is in which was started at `since`, as its folder shows; `records` is how many stages there
+    are, where that is known."""
     if case.program == "evaluate.py":
         folder = next(iter((out / "evaluation").glob("*/state.json")), None)
         if folder is None or folder.stat().st_mtime < since:
@@ -65,7 +67,8 @@ def place_of(case: Case, out: Path, since: float) -> str:
         return START
     work = out / "stages" / "work"
     if (out / "stages").exists():
-        return next((path.stem for path in work.glob("*.json")), END if list(work.parent.glob("records/*")) else START)
+        done = len(list(work.parent.glob("records/*")))
+        return next((path.stem for path in work.glob("*.json")), BETWEEN if done < max(1, records) else END)
     metrics = out / "metrics.jsonl"
     if (out / "personalizer").exists():
         return END
@@ -127,6 +130,7 @@ class Run:
     log: Path
     url: str
     fork: bool = False
+    records: int = 0
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     since: float = field(default_factory=time.time)
 
@@ -150,7 +154,7 @@ class Run:
     def place(self) -> str:
         """The stage that it is in."""
         try:
-            return place_of(self.case, self.out, self.since)
+            return place_of(self.case, self.out, self.since, self.records)
         except FileNotFoundError:  # gone between two looks
             return self.place
 
@@ -224,6 +228,10 @@ class Reference:
     out: Path
     seconds: dict[str, float]  # in the order of the stages
 
+    @property
+    def records(self) -> int:
+        return len(list((self.out / "stages" / "records").glob("*")))
+
 
 def uninterrupted(case: Case, root: Path, url: str, fork: bool = False) -> Reference:
     run = Run(case, root / "whole" / "out", root / "whole.log", url, fork)
@@ -279,7 +287,7 @@ def chain(
     wanted = list(targets(reference, kills, rng, hits))
     while True:
         made.starts += 1
-        run = Run(case, out, root / f"{made.starts}.log", url, fork=True)
+        run = Run(case, out, root / f"{made.starts}.log", url, fork=True, records=reference.records)
         target = wanted.pop(0) if wanted else None
         where = watched(run, order, target, reference, rng) if target else ""
         kind = rng.choice(kinds)
@@ -316,7 +324,7 @@ def targets(reference: Reference, kills: int, rng: random.Random, hits: Counter[
     """
     planned = Counter(hits)
     chosen: list[str] = []
-    stages = [where for where in reference.seconds if where not in (START, END)]
+    stages = [where for where in reference.seconds if where not in (START, BETWEEN, END)]
     for _ in range(kills):
         if (drawn := rng.random()) < 0.2:
             chosen.append(START if drawn < 0.1 else END)

@@ -126,6 +126,18 @@ def test_options_of_schedule_and_optimizer(tmp_path):
     assert seen.betas == {(0.9, 0.98)}
 
 
+@pytest.mark.parametrize("steps", (8, 12))
+def test_a_run_that_was_killed_behind_its_last_step_takes_no_more(tmp_path, steps):
+    """In the middle of an epoch (there are six steps in one) and at its end; what was left to do is what follows."""
+    first = run(tmp_path, max_steps=steps)
+    whole = curve(tmp_path)
+    again = run(tmp_path, max_steps=steps)
+    assert curve(tmp_path) == whole and sorted(whole) == list(range(1, steps + 1))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert len([row for row in rows(tmp_path) if "train_runtime" in row]) == 1
+    assert [row["step"] for row in rows(tmp_path) if "eval_loss" in row] == list(range(4, steps + 1, 4))
+
+
 def test_epochs_end_it(tmp_path):
     run(tmp_path, max_steps=-1, epochs=1.5)
     assert sorted(curve(tmp_path)) == list(range(1, 10))
