@@ -2,7 +2,7 @@
 
     python benchmarks/watch_overhead.py                                # the town's LM, 8 rows a step
     python benchmarks/watch_overhead.py --batch-size 1 --length 16     # steps so short that it shows most
-    python benchmarks/watch_overhead.py --scratch 256 4 4096           # random weights: hidden, layers, vocabulary
+    python benchmarks/watch_overhead.py --scratch 32 1 300 --batch-size 1 --length 4 --turns 302   # hardly any step
 
 One training of equal steps, in turns of `--log-every`: transformers' Trainer alone, and with measured windows that end
 in a row of metrics.jsonl. Beside it what one beat of the heartbeat's thread takes, of which there is one in 15 s.
@@ -124,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     low, value, high = (100 * (share - 1) for share in (ratio.low, ratio.value, ratio.high))
     measured, bare = (1000 * sum(side) / len(pairs) / options.log_every for side in zip(*pairs, strict=True))
     Console(width=119).print(
-        f"{bare:.2f} ms a step bare, {measured:.2f} ms measured: overhead {value:+.2f} % [{low:+.2f}, {high:+.2f}] "
+        f"{bare:.2f} ms a step bare, {measured:.2f} ms measured: {measured - bare:+.2f} ms, "
+        f"{value:+.2f} % [{low:+.2f}, {high:+.2f}] "
         f"({len(pairs)} pairs of {options.log_every} steps, batch {options.batch_size} x {options.length})\n"
         f"a beat takes {1000 * beat:.2f} ms: {100 * beat / heartbeat.INTERVAL:.4f} % of the time between two",
         highlight=False,

@@ -27,8 +27,9 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,7 +175,7 @@ class Watched(_Trainer):
             self._flops_per_position = flops.total / max(count, 1)
             return loss
 
-    @property
+    @cached_property
     def peak(self) -> float | None:
         """Operations a second that this process's GPU could do; None where that is not known, as on a CPU."""
         if self.args.device.type != "cuda":
@@ -254,6 +255,7 @@ class Metrics(TrainerCallback):
     def __init__(self, trainer: Any, config: TrainerConfig, out: Path):
         self.trainer, self.config, self.out = trainer, config, out
         self.path = out / "metrics.jsonl"
+        self.writer: LineWriter | None = None  # of rank zero
         self.wandb: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -265,6 +267,7 @@ class Metrics(TrainerCallback):
         kept = [row for row in rows if 0 < row["step"] <= state.global_step and "train_runtime" not in row]
         with atomic_write(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.writer = LineWriter(self.path)
         if self.config.wandb != "disabled":
             self.wandb = start_wandb(self.config, self.out, goes_on=state.global_step > 0)
 
@@ -276,17 +279,18 @@ class Metrics(TrainerCallback):
         if not logs:
             return
         measured = self.trainer.measured() if "loss" in logs else {}  # all processes take part
-        if not state.is_world_process_zero:
+        if self.writer is None:
             return
         row = {"step": state.global_step, **logs, "epoch": round(state.epoch or 0, 4), **measured}
         row.pop("train_loss", None)  # a mean over the steps since the last start, which after a resume says nothing
-        with closing(LineWriter(self.path)) as writer:
-            writer.write(json.dumps(row).encode() + b"\n")
+        self.writer.write(json.dumps(row).encode() + b"\n")
         if self.wandb is not None:
             self.wandb.log(row)
 
     def close(self) -> None:
         """The wandb run ends with the training, so that the next stage's has one of its own."""
+        if self.writer is not None:
+            self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
 

@@ -23,7 +23,8 @@ FIGURES = {
     "steering_sweep": 1,
     "comparing_axes": 2,
 }
-OTHERS = {"expert_mixtures"}  # tests/methods/persona_fuse/test_fuse_notebook.py
+# tests/methods/persona_fuse/test_fuse_notebook.py, tests/training/test_training_notebook.py
+OTHERS = {"expert_mixtures", "training_curves"}
 SMALL = (
     "experiment=town_assistant_axis", "data.questions=2", "data.tasks=1", "data.dev=14", "data.dev_questions=1",
     "data.test_questions=1", "method.min_count=2", "method.calibration.every=2", "method.calibration.quantiles=[0.05]",
