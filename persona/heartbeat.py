@@ -197,7 +197,11 @@ def where(beat: Beat) -> str:
         f"stage {beat.stage}" if beat.stage else "",
         beat.phase,
         f"{beat.done:g} of {beat.total:g} done" if beat.total else "",
-        *(f"{number} requests to {name} unanswered" for name, number in beat.asking.items() if number),
+        *(
+            f"{number} request{'s' if number > 1 else ''} to {name} unanswered"
+            for name, number in beat.asking.items()
+            if number
+        ),
     ]
     place, *rest = [part for part in parts if part]
     return f"{place} ({', '.join(rest)})" if rest else place
