@@ -18,7 +18,8 @@ window to metrics.jsonl, and the same row to wandb:
 mfu = FLOPs per position · positions per second / (processes · peak). FLOPs are counted, in the first batch, of the
 matrix products and attention that autograd really runs, forward and backward: a frozen weight has no gradient of its
 own and passes one on only where something below it is trained. What gradient checkpointing computes again does not
-count; padding does, and attention as if it were not causal. The peak is that of the precision the products run in.
+count; padding does, attention as if it were not causal, and what a fused backward computes twice. The peak is that of
+the precision the products run in.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ MEASURED = (
 class Flops(TorchDispatchMode):
     """Counts in `total` the floating-point operations of matrix products, convolutions and attention inside, forward
     and backward, by PyTorch's own formulas. A forward that runs again within a backward pass (gradient checkpointing)
-    does not count."""
+    does not count. `known` is False once a formula did not take an operation: the total is then too low."""
 
-    total = 0
+    total, known = 0, True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -74,7 +75,10 @@ class Flops(TorchDispatchMode):
         # Within a backward pass gradients are enabled only for what is computed again.
         again = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
         if formula is not None and not again:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
+            try:
+                self.total += formula(*args, **(kwargs or {}), out_val=result)
+            except (AssertionError, TypeError, ValueError):  # shapes that an older PyTorch has no formula for
+                self.known = False
         return result
 
 
@@ -172,7 +176,10 @@ class Watched(_Trainer):
             with Flops() as flops:
                 loss = super().training_step(model, inputs, num_items_in_batch)
             count = positions(inputs)[1] or heartbeat.now.positions - seen
-            self._flops_per_position = flops.total / max(count, 1)
+            if flops.known and count:
+                self._flops_per_position = flops.total / count
+            else:
+                self.peak = None  # not counted again, and no utilisation
             return loss
 
     @cached_property

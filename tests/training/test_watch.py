@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 from training_toys import Points, Toy, collate, curve, rows, run, settings
 
 from persona import heartbeat
 from persona.training.trainer import fit
-from persona.training.watch import Flops
+from persona.training.watch import Flops, Watched
 
 # ---- windows -------------------------------------------------------------------------------------------------------
 
@@ -126,6 +127,23 @@ def test_flops_of_a_language_model(llama):
     own = not next(model.parameters()).requires_grad
     factor = 2 if own else 3
     assert counter.total == 2 * length * (factor * 2 * weights + 3 * attention)
+
+
+@pytest.mark.parametrize("known", (True, False))
+def test_utilisation_of_a_peak(tmp_path, monkeypatch, known):
+    """Four rows through the frozen layer (2 · 4 · 5 · 8), and the head with its weight's gradient (2 · 2 · 4 · 8), for
+    40 positions; the peak is made up. Where a formula fails there is no utilisation."""
+    monkeypatch.setattr(Watched, "peak", 1e6)
+
+    def fails(*args, **kwargs):
+        raise AssertionError("shapes")
+
+    if not known:
+        monkeypatch.setitem(flop_registry, torch.ops.aten.addmm, fails)
+    fit(Masked(), Points(), Points(8), masked, settings(max_steps=4), tmp_path)
+    seen = {step: rate * 40 / 22 for step, rate in curve(tmp_path, "tokens_per_second").items()}
+    expected = {step: pytest.approx((320 + 128) / 40 * rate / 1e6, rel=2e-3) for step, rate in seen.items()}
+    assert curve(tmp_path, "mfu") == (expected if known else {})
 
 
 # ---- wandb ---------------------------------------------------------------------------------------------------------
