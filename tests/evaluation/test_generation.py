@@ -285,7 +285,7 @@ def test_killed_at_random_moments_it_ends_as_an_uninterrupted_run(tmp_path):
 @pytest.mark.multi_process
 def test_two_processes_killed_and_started_again_give_the_file_of_one(tmp_path):
     sys.path.append(str(Path(__file__).parents[1] / "training"))
-    from test_trainer import process_of_two
+    from training_toys import process_of_two
 
     run(tmp_path / "whole.jsonl", ToyModel(1.0))
     path = tmp_path / "a.jsonl"

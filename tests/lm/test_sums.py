@@ -85,7 +85,7 @@ def test_mistakes_are_named(llama):
 def test_two_processes_are_one(llama, monkeypatch, tmp_path, root):
     """Bitwise, with a last chunk that has no partner; and an error of one of them reaches both."""
     monkeypatch.syspath_prepend(str(root / "tests" / "training"))
-    from test_trainer import process_of_two
+    from training_toys import process_of_two
 
     monkeypatch.setattr(sums, "CHUNK", 8)
     conversations, keys = rollouts()

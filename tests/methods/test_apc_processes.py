@@ -24,7 +24,7 @@ from persona.evaluation.judges.oracle import OracleJudge
 from persona.methods.apc import train
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
-from test_trainer import process_of_two
+from training_toys import process_of_two
 
 # Queries by a teacher over HTTP, so that every stage there is has work. Checkpoints at every step.
 CONFIG = replace(

@@ -15,8 +15,7 @@ import torch
 from preference_toys import DEV, LORA, PAIRS, pair, prefer, settings, user
 from safetensors.torch import load_file
 from test_lora import assert_same, below, state  # noqa: F401
-from test_trainer import process_of_two
-from training_toys import curve, rows
+from training_toys import curve, process_of_two, rows
 
 import persona
 from persona.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import process_of_two
+from training_toys import process_of_two
 
 from persona.errors import UserError
 from persona.training import reference

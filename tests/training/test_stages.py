@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from stages_toys import Toy
-from test_trainer import process_of_two
+from training_toys import process_of_two
 
 from persona.errors import UserError
 from persona.files import sha256

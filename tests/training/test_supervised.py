@@ -14,8 +14,7 @@ import torch
 from preference_toys import TALK, TALKS, supervise, user
 from safetensors.torch import load_file
 from test_lora import assert_same, below, state  # noqa: F401
-from test_trainer import process_of_two
-from training_toys import curve
+from training_toys import curve, process_of_two
 
 import persona
 from persona import lm

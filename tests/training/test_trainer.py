@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from training_toys import Points, Toy, curve, in_two, process_of_two, rows, run  # noqa: F401  # others take it from here
+from training_toys import Points, Toy, curve, in_two, rows, run
 from transformers import TrainerCallback
 
 from persona.errors import UserError

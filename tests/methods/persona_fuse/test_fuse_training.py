@@ -31,7 +31,7 @@ from persona.methods.persona_fuse.routing import collapse, report, trace
 from persona.personalizer import LanguageModel
 
 sys.path.append(str(Path(__file__).parents[2] / "training"))
-from test_trainer import process_of_two
+from training_toys import process_of_two
 
 STAGES = ALL_STAGES[1:]  # toy people are annotated: there is nothing to synthesize
 
