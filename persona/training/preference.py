@@ -246,7 +246,8 @@ def prepare(
     )  # fmt: skip
     parts = [str(base.identity["fingerprint"]), str(base.dtype), trainer.precision]
     parts += [sha256(Path(folder) / name) for folder in below for name in (CONFIG, WEIGHTS)]
-    with peft_model.disable_adapter(), torch.autocast(base.device.type, torch.bfloat16, enabled=args.bf16):
+    autocast = torch.autocast(base.device.type, torch.bfloat16, enabled=trainer.precision == "bf16")
+    with peft_model.disable_adapter(), autocast:
         reference = reference_logps(base, encoded.rows, out / "reference", parts, trainer.batch_size)
     return PreferenceTrainer(
         model=base.model,

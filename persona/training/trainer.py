@@ -207,7 +207,9 @@ def arguments(
     """What transformers' Trainer (or TRL's, with its `kind` and `more`) is told; makes `out/checkpoints`."""
     folder = out / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    return kind(
+    # By itself DeepSpeed would cast the module for good, the frozen base LM included, where others compute in bf16.
+    casts = config.precision == "bf16" and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    made = kind(
         output_dir=str(folder),
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
@@ -221,7 +223,7 @@ def arguments(
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
         max_grad_norm=config.max_grad_norm,
-        bf16=config.precision == "bf16",
+        bf16=config.precision == "bf16" and not casts,
         gradient_checkpointing=config.gradient_checkpointing,
         seed=config.seed,
         data_seed=config.seed,
@@ -242,6 +244,9 @@ def arguments(
         prediction_loss_only=True,
         **more,
     )
+    if casts:
+        made.deepspeed_plugin.deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return made
 
 
 def run(trainer: OwnTrainer, config: TrainerConfig, out: Path) -> None:

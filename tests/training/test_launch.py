@@ -151,3 +151,17 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_bf16_is_autocast_under_deepspeed_too(tmp_path: Path, monkeypatch) -> None:
+    """Its own bf16 would cast the base LM for good."""
+    from persona.training.trainer import TrainerConfig, arguments
+
+    for key, value in launch.environment(load_config("train", ["launch=zero2"]).launch).items():
+        monkeypatch.setenv(key, value)
+    made = arguments(TrainerConfig(precision="bf16", wandb="disabled", cpu=True), tmp_path, evaluates=False)
+    config = made.deepspeed_plugin.deepspeed_config
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert not made.bf16 and config["bf16"]["enabled"] is False
+    made = arguments(TrainerConfig(wandb="disabled", cpu=True), tmp_path, evaluates=False)
+    assert "torch_autocast" not in made.deepspeed_plugin.deepspeed_config

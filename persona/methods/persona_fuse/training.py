@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from persona.errors import UserError
 from persona.lm import Row as LmRow
 from persona.lm import adapters, assemble
 from persona.lm.batch import forward_logits
@@ -162,19 +164,23 @@ def warm_up(
     every batch, no step of AdamW moves one without.
     """
     c = config.warmup
+    if c.together and trainer.max_grad_norm > 0 and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError(
+            "DeepSpeed divides the gradients, of which each expert's is clipped by itself: choose "
+            "method.warmup.together=false or trainer.max_grad_norm=0"
+        )
     experts = Experts.new(under.base, config.lora, trainer.seed)
     numbers = list(range(experts.count))
-    options = replace(
-        trainer, learning_rate=c.learning_rate, epochs=c.epochs, batch_size=c.batch_size, max_grad_norm=0
-    )
+    options = replace(trainer, learning_rate=c.learning_rate, epochs=c.epochs, batch_size=c.batch_size)
     for group in [numbers] if c.together else [[number] for number in numbers]:
         module = WarmupTraining(under, experts, len(group), config.lora.lora_dropout)
         data = Rounds(rows, group, trainer.seed)
         folder = out if c.together else out / str(group[0])
-        clip = ClipEach(experts, trainer.max_grad_norm)
-        _fit(
-            module, under, data, None, _warmup_batch, options, folder, [{"params": list(experts.parameters())}], [clip]
-        )
+        groups = [{"params": list(experts.parameters())}]
+        # The only expert with a gradient is clipped by the trainer.
+        own = replace(options, max_grad_norm=0) if c.together else options
+        clip = [ClipEach(experts, trainer.max_grad_norm)] if c.together else []
+        _fit(module, under, data, None, _warmup_batch, own, folder, groups, clip)
     return experts
 
 
