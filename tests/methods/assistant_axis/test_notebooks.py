@@ -37,7 +37,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the repository's root would be: two runs in outputs/, and the notebooks beside them."""
     root = tmp_path_factory.mktemp("runs")
     runs = {
-        "town_assistant_axis": ("method.calibration.widths=[4]",),
+        "town_assistant_axis": ("method.calibration.widths=[2]",),
         "town_axis_child": ("method.calibration.widths=[]", "trainer.seed=1"),
     }
     for name, own in runs.items():
