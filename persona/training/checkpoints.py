@@ -35,6 +35,7 @@ else:
 logger = logging.getLogger(__name__)
 MANIFEST = "checkpoint.json"
 FORMAT = 2  # 1, without a number in the manifest: optimizer states by position, sharded files of DeepSpeed
+BY_GROUP = ("base_lrs", "_last_lr", "min_lrs")  # what a schedule keeps for each group of parameters
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -154,8 +155,7 @@ class WholeCheckpoints(_Trainer):
             for name, found in tensors.items():
                 save_file(found, staged / f"{name}.safetensors")
             write_random_states(staged, drawn)
-            schedule = {key: value for key, value in self.lr_scheduler.state_dict().items() if key != "lr_lambdas"}
-            (staged / "schedule.json").write_text(json.dumps(schedule))
+            (staged / "schedule.json").write_text(json.dumps(self._schedule()))
             self.state.stateful_callbacks["TrainerControl"] = self.control.state()
             self.state.save_to_json(str(staged / "trainer_state.json"))
             told = {
@@ -245,13 +245,26 @@ class WholeCheckpoints(_Trainer):
         saved = load_file(checkpoint / "model.safetensors")
         set_weights(self.accelerator.unwrap_model(self.model), saved, str(checkpoint))
 
+    def _filled(self) -> list[int]:
+        """The groups of the optimizer that hold a parameter. DeepSpeed leaves the others out, and empties its own."""
+        groups = enumerate(self.optimizer.param_groups)
+        return [index for index, group in groups if group["params"] or self.is_deepspeed_enabled]
+
+    def _schedule(self) -> dict[str, Any]:
+        state = {key: value for key, value in self.lr_scheduler.state_dict().items() if key != "lr_lambdas"}
+        rates = {key: [state[key][index] for index in self._filled()] for key in BY_GROUP if key in state}
+        return {**state, **rates}
+
     def _load_schedule(self, path: Path) -> None:
-        schedule = json.loads(path.read_text())
-        rates, groups = schedule["_last_lr"], self.optimizer.param_groups
-        if len(rates) != len(groups):
-            raise UserError(f"{path.parent} has {len(rates)} learning rates and this run {len(groups)} groups of them")
-        self.lr_scheduler.load_state_dict({**schedule, "lr_lambdas": [None] * len(rates)})
-        for group, rate in zip(groups, rates, strict=True):
+        schedule, own, filled = json.loads(path.read_text()), self.lr_scheduler.state_dict(), self._filled()
+        for key in (key for key in BY_GROUP if key in own):
+            if len(schedule[key]) != len(filled):
+                raise UserError(f"{path.parent} has {len(schedule[key])} groups of parameters, this run {len(filled)}")
+            found = dict(zip(filled, schedule[key], strict=True))
+            schedule[key] = [found.get(index, value) for index, value in enumerate(own[key])]
+        groups = self.optimizer.param_groups
+        self.lr_scheduler.load_state_dict({**schedule, "lr_lambdas": [None] * len(groups)})
+        for group, rate in zip(groups, schedule["_last_lr"], strict=True):
             group["lr"] = rate
 
     def _load_rng_state(self, checkpoint) -> None:
