@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +161,8 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for launch_name in given.launches.split(","):
         left = list(methods)
+        for method in methods:
+            shutil.rmtree(out / launch_name / method, ignore_errors=True)
         while left:
             command = [*again, "--methods", ",".join(left), "--worker", launch_name]
             if launch_name == "single":
