@@ -144,8 +144,8 @@ class Watch:
         """Just before an optimizer step: gradients are what is alive and was not before the forward."""
         now = alive()
         parameters = list(model.parameters())
-        parts = [getattr(p, "ds_tensor", p) if p.numel() == 0 else p for p in parameters]
-        weights = storages(iter(parts))
+        weights = storages(getattr(p, "ds_tensor", p) for p in parameters)
+        gathered = storages(p for p in parameters if hasattr(p, "ds_tensor"))  # nothing where they are let go
         inner = getattr(optimizer, "optimizer", optimizer)
         inner = getattr(inner, "optimizer", inner)
         states = [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
@@ -153,12 +153,14 @@ class Watch:
             states += getattr(optimizer, name, [])
         held = storages(iter(states))
         grads = storages(p.grad for p in parameters if p.grad is not None)
+        if hasattr(optimizer, "grad_partitions_flat_buffer"):
+            grads.update(storages(iter([optimizer.grad_partitions_flat_buffer])))
         new = {key: size for key, size in now.items() if key not in self.before and key not in {**weights, **held}}
         self.held = {
             "weights": sum(weights.values()),
             "optimizer": sum(size for key, size in held.items() if key not in weights),
             "gradients": sum({**new, **grads}.values()),
-            "buffers": self.buffers,
+            "buffers": self.buffers + sum(size for key, size in gathered.items() if key not in weights),
         }
 
 

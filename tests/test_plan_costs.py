@@ -57,6 +57,9 @@ def test_memory_in_float32_and_of_what_no_back_end_divides() -> None:
     assert (plain.weights, plain.gradients, plain.optimizer) == (800, 400, 800)
     assert memory(BY["zero3"], 4, parts, bf16=False, activations=0, logits=0).weights == 400 + 100
     assert memory(BY["fsdp2"], 4, parts, bf16=False, activations=0, logits=0).weights == 400 + 100
+    half = [Part("all", 100, True, 2)]
+    assert memory(BY["ddp"], 4, half, bf16=True, activations=0, logits=0).optimizer == 400
+    assert memory(BY["fsdp2"], 4, half, bf16=True, activations=0, logits=0).optimizer == 200  # float32, a quarter
     huge = [Part("base LM", 3 * LIVE, False, 2)]
     assert memory(BY["zero3"], 4, huge, bf16=True, activations=0, logits=0).buffers == 2 * (BUCKET + LIVE)
 
@@ -70,13 +73,19 @@ def test_memory_in_float32_and_of_what_no_back_end_divides() -> None:
         ("ddp", Traffic(reduced=400)),
         ("zero1", Traffic(reduced=200, gathered=200)),
         ("zero2", Traffic(reduced=3 * 200, gathered=200)),
-        ("zero3", Traffic(gathered=3 * 2 * 2200, scattered=3 * 200)),
+        ("zero3", Traffic(gathered=3 * 2200, scattered=3 * 200)),  # as few weights stay from forward to backward
         ("fsdp2", Traffic(gathered=3 * 2 * 2200, scattered=3 * 200)),
     ],
 )
 def test_traffic_of_a_step_of_three_forwards_by_hand(launch: str, expected: Traffic) -> None:
     assert traffic(BY[launch], 4, PARTS, bf16=True, accumulation=3) == expected
     assert traffic(BY[launch], 1, PARTS, bf16=True, accumulation=3) == Traffic()
+
+
+def test_zero3_gathers_what_it_lets_go_twice() -> None:
+    huge = [Part("base LM", 3 * LIVE, False, 2)]
+    assert traffic(BY["zero3"], 4, huge, bf16=True, accumulation=1).gathered == 2 * (2 * 3 * LIVE - LIVE)
+    assert traffic(BY["fsdp2"], 4, huge, bf16=True, accumulation=1).gathered == 2 * 2 * 3 * LIVE
 
 
 def test_what_is_sent() -> None:

@@ -6,7 +6,7 @@ an all-gather or a reduce-scatter sends (n - 1) / n · B from every GPU, an all-
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # DeepSpeed's own defaults: reduce_bucket_size (elements that are reduced at a time; the buffer is there in full
 # whatever the model's size), stage3_max_live_parameters (weights that stay gathered), and below which size
@@ -73,9 +73,10 @@ def memory(backend: Backend, gpus: int, parts: list[Part], bf16: bool, activatio
     """Weights, gradients and AdamW's states of `parts`, and buffers.
 
     Without DeepSpeed every part keeps its own type and autocast adds bf16 copies of fp32 weights; AdamW has two states
-    of the weight's type. DDP has a bucket for every gradient; FSDP2 holds two gathered blocks at a time. DeepSpeed
-    keeps weights and gradients in the training precision and 12 bytes per trained parameter for AdamW (fp32 weight,
-    two states); its buffer takes BUCKET elements, and stage 3 keeps up to LIVE weights gathered.
+    of the weight's type. DDP has a bucket for every gradient; FSDP2 trains float32 weights and holds two gathered
+    blocks at a time. DeepSpeed keeps weights and gradients in the training precision and 12 bytes per trained
+    parameter for AdamW (fp32 weight, two states); its buffer takes BUCKET elements, and stage 3 keeps up to LIVE
+    weights gathered.
     """
     seen = [part for part in parts if part.sharded]
     own = sum(part.parameters * part.bytes_each for part in parts if not part.sharded)
@@ -91,6 +92,9 @@ def memory(backend: Backend, gpus: int, parts: list[Part], bf16: bool, activatio
             activations,
             logits,
         )
+    if backend.weights and bf16:  # accelerate makes what is trained float32 before FSDP2 divides it
+        parts = [replace(part, bytes_each=4) if part.trainable else part for part in parts]
+        seen = [part for part in parts if part.sharded]
     weights = sum(part.parameters * part.bytes_each for part in seen)
     gradients = sum(part.parameters * part.bytes_each for part in parts if part.trainable)
     copies = sum(2 * part.parameters for part in seen if part.bytes_each == 4) if bf16 else 0
@@ -124,7 +128,7 @@ def traffic(backend: Backend, gpus: int, parts: list[Part], bf16: bool, accumula
     DDP: one all-reduce of the trained parameters' gradients. ZeRO-1 and 2: an all-reduce of them (DeepSpeed's default,
     use_multi_rank_bucket_allreduce; at stage 2 after every forward) and an all-gather of the trained weights. ZeRO-3
     and FSDP2: an all-gather of all weights, the frozen base's included, for every forward and every backward pass, and
-    a reduce-scatter of gradients.
+    a reduce-scatter of gradients; ZeRO-3 gathers the LIVE weights that it keeps only once.
     """
     if gpus == 1:
         return Traffic()
@@ -136,4 +140,5 @@ def traffic(backend: Backend, gpus: int, parts: list[Part], bf16: bool, accumula
         return Traffic(reduced=trained * each * (accumulation if backend.gradients else 1), gathered=trained * each)
     narrow = backend.deepspeed or bf16
     weights = sum(part.parameters * (each if narrow else part.bytes_each) for part in parts if part.sharded)
-    return Traffic(gathered=2 * weights * accumulation, scattered=trained * each * accumulation)
+    kept = min(LIVE, sum(part.parameters for part in parts if part.sharded)) * each if backend.deepspeed else 0
+    return Traffic(gathered=(2 * weights - kept) * accumulation, scattered=trained * each * accumulation)

@@ -28,8 +28,8 @@ ACCOUNTING = (
     "sent of B bytes on n GPUs: all-reduce 2 (n-1)/n B, all-gather and reduce-scatter (n-1)/n B; of several nodes "
     "first inside, then between them",
     "ddp all-reduces the trained gradients; zero1 and zero2 too (zero2 after every forward), and all-gather the "
-    "trained weights; zero3 and fsdp2 all-gather all weights, frozen ones too, in every forward and backward pass, "
-    "and reduce-scatter the trained gradients",
+    "trained weights; zero3 and fsdp2 all-gather all weights, frozen ones too, in every forward and backward pass "
+    "(zero3 once those that it keeps), and reduce-scatter the trained gradients",
     "computing: operations at the assumed rate, or all weights read from memory twice a forward, whichever is longer",
 )
 
