@@ -176,23 +176,26 @@ def _began(pid: int) -> float:
 
 
 class _Queue:
-    """Slurm's queue, asked once and only when a run of a job is met; None on a machine without Slurm."""
+    """Slurm's queue, asked once and only when a run of a job is met; None where there is none to be asked."""
 
     def __init__(self) -> None:
-        self._asked, self._jobs = False, dict[str, str]()
+        self._asked = False
+        self._jobs: dict[str, str] | None = None
 
     def jobs(self) -> dict[str, str] | None:
-        if not shutil.which("squeue"):
-            return None
         if not self._asked:
             self._asked, self._jobs = True, _squeue()
         return self._jobs
 
 
-def _squeue() -> dict[str, str]:
+def _squeue() -> dict[str, str] | None:
+    if not shutil.which("squeue"):
+        return None
     command = ["squeue", "--noheader", "--array", "--format=%A %T"]
-    listing = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    return dict(line.split() for line in listing.splitlines() if len(line.split()) == 2)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if answer.returncode:
+        return None
+    return dict(line.split() for line in answer.stdout.splitlines() if len(line.split()) == 2)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -92,6 +92,19 @@ def test_from_afar_the_heartbeat_decides(tmp_path):
     assert run.message == "last seen at persona/a.py:1 f (stage dpo, forward, 100 of 400 done)"
 
 
+def test_where_slurm_cannot_be_asked_the_heartbeat_of_a_job_decides(tmp_path, monkeypatch):
+    (tmp_path / "slurm.conf").touch()
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    now = time.time()
+    beat = Beat(0, 1, "elsewhere", 7, now - 9, now - 20)
+    said(tmp_path, beat)
+    state = json.loads((tmp_path / "state.json").read_text())
+    (tmp_path / "state.json").write_text(json.dumps({**state, "slurm_job": "12"}))
+    assert one(tmp_path).state == "running"
+    (tmp_path / "processes" / "rank-0.json").write_text(json.dumps(asdict(replace(beat, at=now - 400))))
+    assert one(tmp_path).state == "died"
+
+
 def test_a_frozen_process_is_no_dead_one(tmp_path, monkeypatch):
     """It is there, but even its heart does not beat; unless the number is another process's by now."""
     monkeypatch.setattr("persona.status.SILENT", 0.5)

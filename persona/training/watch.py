@@ -53,10 +53,10 @@ if TYPE_CHECKING:
 else:
     _Trainer = object  # a mixin: it stands before the Trainer in the bases
 
-# What is measured, and so differs from run to run.
+# What is measured, and so differs from run to run, or (padding) when a run goes on within a window.
 MEASURED = (
     *("samples_per_second", "tokens_per_second", "seconds_per_step", "data_wait", "memory_gb", "memory_reserved_gb"),
-    *("mfu", "slowest_process", "slowest_over_mean"),
+    *("padding", "mfu", "slowest_process", "slowest_over_mean"),
 )
 
 # ---- counting -------------------------------------------------------------------------------------------------------
