@@ -178,6 +178,13 @@ class Run:
             return [psutil.Process(pid) for pid in pids if pid and psutil.pid_exists(pid)]
         return [process for process in self.alive() if process.ppid() == self.process.pid]
 
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.alive():  # where this program itself is stopped
+            process.kill()
+
     def kill(self, kind: str, rng: random.Random) -> bool:
         """Whether there was something to kill."""
         if self.process.poll() is not None:
@@ -234,17 +241,16 @@ class Reference:
 
 
 def uninterrupted(case: Case, root: Path, url: str, fork: bool = False) -> Reference:
-    run = Run(case, root / "whole" / "out", root / "whole.log", url, fork)
     seconds: dict[str, float] = {}
     before = time.monotonic()
-    while run.process.poll() is None:
-        time.sleep(0.02)
-        now = time.monotonic()
-        where = run.place
-        seconds[where] = seconds.get(where, 0.0) + now - before
-        before = now
-    if code := run.wait():
-        raise RuntimeError(f"{case.name} failed with status {code} before anything was killed: {tail(run.log)}")
+    with Run(case, root / "whole" / "out", root / "whole.log", url, fork) as run:
+        while run.process.poll() is None:
+            time.sleep(0.02)
+            now, where = time.monotonic(), run.place
+            seconds[where] = seconds.get(where, 0.0) + now - before
+            before = now
+        if code := run.wait():
+            raise RuntimeError(f"{case.name} failed with status {code} before anything was killed: {tail(run.log)}")
     return Reference(run.out, seconds)
 
 
@@ -287,31 +293,31 @@ def chain(
     wanted = list(targets(reference, kills, rng, hits))
     while True:
         made.starts += 1
-        run = Run(case, out, root / f"{made.starts}.log", url, fork=True, records=reference.records)
-        target = wanted.pop(0) if wanted else None
-        where = watched(run, order, target, reference, rng) if target else ""
-        kind = rng.choice(kinds)
-        if not where or not run.kill(kind, rng):
-            code = run.wait()
+        with Run(case, out, root / f"{made.starts}.log", url, fork=True, records=reference.records) as run:
+            target = wanted.pop(0) if wanted else None
+            where = watched(run, order, target, reference, rng) if target else ""
+            kind = rng.choice(kinds)
+            if not where or not run.kill(kind, rng):
+                code = run.wait()
+                made.orphans += run.orphans()
+                if code:
+                    made.wrong.append(f"start {made.starts} ended with status {code}: {last_line(run.log)}")
+                    say(tail(run.log))
+                    return made
+                break
+            at = time.monotonic()
+            try:
+                code = run.wait(BOUND)
+            except subprocess.TimeoutExpired:
+                made.unclear.append(f"{kind} in {where}: it had not ended after {BOUND:.0f} s ({run.log})")
+                code = None
+            if kind == RANK:
+                made.slowest = max(made.slowest, time.monotonic() - at)
             made.orphans += run.orphans()
-            if code:
-                made.wrong.append(f"start {made.starts} ended with status {code}: {last_line(run.log)}")
-                say(tail(run.log))
-                return made
-            break
-        at = time.monotonic()
-        try:
-            code = run.wait(BOUND)
-        except subprocess.TimeoutExpired:
-            made.unclear.append(f"{kind} in {where}: it had not ended after {BOUND:.0f} s ({run.log})")
-            code = None
-        if kind == RANK:
-            made.slowest = max(made.slowest, time.monotonic() - at)
-        made.orphans += run.orphans()
-        made.kills.append((kind, where))
-        hits[where] += 1
-        made.unclear += said(case, run, kind, where, code)
-        say(f"{case.name}: {kind} in {where}, status {code}, {time.monotonic() - at:.1f} s until it ended")
+            made.kills.append((kind, where))
+            hits[where] += 1
+            made.unclear += said(case, run, kind, where, code)
+            say(f"{case.name}: {kind} in {where}, status {code}, {time.monotonic() - at:.1f} s until it ended")
     found = compare(reference.out, out)
     made.lost, made.doubled, made.wrong = found.lost, found.doubled, made.wrong + found.wrong
     return made

@@ -17,6 +17,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -166,6 +167,7 @@ def main() -> int:
     chains: list[Chain] = []
     places: dict[str, Counter[str]] = defaultdict(Counter)
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it has started ends with it
     import_for_all(IMPORTED)
     with FaultServer(reply) as server:
         for number, case in enumerate(chosen):
