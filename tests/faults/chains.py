@@ -53,15 +53,19 @@ class Case:
 
 
 def place_of(case: Case, out: Path, since: float, records: int = 0) -> str:
-    """The stage that a run is in which was started at `since`, as its folder shows; `records` is how many stages there
-    are, where that is known."""
+    """The stage that a run is in which was started at `since`, as its folder shows.
+
+    `records` is how many stages there are (of an evaluation: stacks), where that is known.
+    """
     if case.program == "evaluate.py":
         folder = next(iter((out / "evaluation").glob("*/state.json")), None)
         if folder is None or folder.stat().st_mtime < since:
             return START
         stacks = sorted(folder.parent.glob("*/meta.json"), key=lambda path: path.stat().st_mtime)
         open_stacks = [path.parent for path in stacks if not (path.parent / "summary.json").exists()]
-        return open_stacks[-1].name if open_stacks else END if stacks else START
+        if open_stacks:
+            return open_stacks[-1].name
+        return START if not stacks else END if len(stacks) >= max(1, records) else BETWEEN
     state = out / "state.json"
     if not state.exists() or state.stat().st_mtime < since:
         return START
@@ -237,7 +241,7 @@ class Reference:
 
     @property
     def records(self) -> int:
-        return len(list((self.out / "stages" / "records").glob("*")))
+        return sum(len(list(self.out.glob(where))) for where in ("stages/records/*", "evaluation/*/*/summary.json"))
 
 
 def uninterrupted(case: Case, root: Path, url: str, fork: bool = False) -> Reference:
