@@ -155,6 +155,9 @@ class PreferenceTrainer(OwnTrainer, DPOTrainer):
         pairs = sum(len(batch["weights"]) for batch in batch_samples if NOTHING not in batch)
         return self.accelerator.gather(torch.tensor(pairs, device=device)).sum()
 
+    def counted(self, inputs: dict[str, Any]) -> Tensor:
+        return torch.tensor(len(inputs["weights"]))  # pairs
+
     def compute_loss(
         self,
         model: nn.Module,

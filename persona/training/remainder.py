@@ -1,7 +1,8 @@
 """Rows that are left over at the end of an epoch: every row counts once, whatever the number of processes.
 
 accelerate would fill the last batches up with rows of the epoch's beginning, which then count twice. Here the last
-batch is as short as it is, and a process that gets no batch at all takes part with one that counts nothing.
+batch is as short as it is, and a process that gets no batch at all takes part with one that counts nothing. Of dev data
+transformers would take the mean of a last round's first processes for all of it, and a mean of the batches' means.
 """
 
 from __future__ import annotations
@@ -38,19 +39,49 @@ class LeftOver(BatchSamplerShard):
 
 
 class EveryRowOnce(_Trainer):
-    """Mixin for a Trainer whose loss is summed over `labels` and divided by `num_items_in_batch`."""
+    """Mixin for a Trainer whose loss is summed over `labels` and divided by `num_items_in_batch`.
+
+    The dev loss is the mean over all labels of the dev data, however they are put into batches.
+    """
 
     _left: LeftOver | None = None
+    _dev_left: LeftOver | None = None
+    _dev: Tensor  # [2]: what this process's dev batches lose, and how many labels that is
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        if is_training and isinstance(loader.batch_sampler, BatchSamplerShard):
-            self._left = loader.batch_sampler
-            self._left.__class__ = LeftOver
+        if isinstance(loader.batch_sampler, BatchSamplerShard):
+            loader.batch_sampler.__class__ = LeftOver
+            if is_training:
+                self._left = loader.batch_sampler
+            else:
+                self._dev_left = loader.batch_sampler
         return loader
 
+    def counted(self, inputs: dict[str, Any]) -> Tensor:
+        """How many labels the mean loss of a batch is the mean of."""
+        return inputs["labels"].ne(-100).sum()
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        ends = self.accelerator.gradient_state.end_of_dataloader
+        nothing = ends and self._dev_left is not None and self._dev_left.missing
+        count = 0 if nothing else int(self.counted(inputs))
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        if count:
+            self._dev += torch.tensor([float(found[0]) * count, count], dtype=torch.float64)
+        return found
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._dev = torch.zeros(2, dtype=torch.float64)
+        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = self.accelerator.reduce(self._dev.to(self.args.device)).tolist()
+        found.metrics[f"{metric_key_prefix}_loss"] = total / count if count else float("nan")
+        return found
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        ends = self.model.training and self.accelerator.gradient_state.end_of_dataloader  # dev data are read, too
+        if not self.model.training:
+            return None  # of dev data each batch has its mean, and `evaluation_loop` the mean of all
+        ends = self.accelerator.gradient_state.end_of_dataloader
         if ends and self._left is not None and self._left.missing:
             last = batch_samples[-1]
             batch_samples[-1] = {**last, "labels": torch.full_like(last["labels"], -100), NOTHING: True}

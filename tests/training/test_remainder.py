@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from persona.training import shards
 from persona.training.remainder import LeftOver
+
+from training_toys import Points, Toy, curve, in_two, run
 
 
 @pytest.mark.parametrize(("rows", "processes"), [(8, 2), (7, 2), (5, 2), (1, 2), (9, 4), (3, 4), (11, 3)])
@@ -23,6 +26,24 @@ def test_the_processes_batches_are_those_of_one_process_and_equally_many(rows: i
     for step in range(len(shares[0])):  # a step has the rows that one process with the whole batch would have
         together = [row for one in counted for row in (one[step] if step < len(one) else [])]
         assert together == list(range(rows))[step * 2 * processes : (step + 1) * 2 * processes]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 6])
+def test_the_dev_loss_is_the_mean_over_all_rows_in_one_process_and_in_two(rows: int, tmp_path: Path) -> None:
+    def module() -> Toy:
+        made = Toy()
+        made.dropout.p = 0.0
+        return made
+
+    steps = {"max_steps": 2, "eval_every": 1, "save_every": 5}
+    after = run(tmp_path / "one", module(), dev=Points(rows), **steps)
+    dev = Points(rows)
+    with torch.no_grad():
+        guess = after.head(after.frozen(dev.x)).squeeze(-1) + after.slow
+    alone = curve(tmp_path / "one", "eval_loss")
+    assert alone[2] == pytest.approx(float((guess - dev.y).square().mean()), rel=1e-6)
+    assert in_two(lambda: run(tmp_path / "two", module(), dev=Points(rows), batch_size=2, **steps)) == [0, 0]
+    assert curve(tmp_path / "two", "eval_loss") == pytest.approx(alone, rel=1e-6)
 
 
 @pytest.fixture()
