@@ -306,8 +306,12 @@ class _Heart(threading.Thread):
             now.done, now.total, self._rate(moment), *place(self.processes), dict(now.asking),
         )  # fmt: skip
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(beat)), encoding="utf-8")
-        os.replace(temporary, self.path)
+        try:
+            temporary.write_text(json.dumps(asdict(beat)), encoding="utf-8")
+            os.replace(temporary, self.path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         if self._armed != now.at:
             self._armed = now.at
             self._arm()

@@ -1,8 +1,8 @@
 """Rows that are left over at the end of an epoch: every row counts once, whatever the number of processes.
 
 accelerate would fill the last batches up with rows of the epoch's beginning, which then count twice. Here the last
-batch is as short as it is, and a process that gets no batch at all takes part with one that counts nothing. Of dev data
-transformers would take the mean of a last round's first processes for all of it, and a mean of the batches' means.
+batch is as short as it is, and a process that gets no batch at all takes part with one that counts nothing. Of dev
+data transformers would leave out the later processes of the last round, and take the mean of the batches' means.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class EveryRowOnce(_Trainer):
 
     _left: LeftOver | None = None
     _dev_left: LeftOver | None = None
-    _dev: Tensor  # [2]: what this process's dev batches lose, and how many labels that is
+    _dev: Tensor | None = None  # [2], while dev data are read: what this process's batches lose, and labels so far
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
@@ -67,19 +67,23 @@ class EveryRowOnce(_Trainer):
         nothing = ends and self._dev_left is not None and self._dev_left.missing
         count = 0 if nothing else int(self.counted(inputs))
         found = super().prediction_step(model, inputs, *args, **kwargs)
-        if count:
+        if count and self._dev is not None:
             self._dev += torch.tensor([float(found[0]) * count, count], dtype=torch.float64)
         return found
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self._dev = torch.zeros(2, dtype=torch.float64)
-        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, count = self.accelerator.reduce(self._dev.to(self.args.device)).tolist()
+        try:
+            found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            total, count = self.accelerator.reduce(self._dev.to(self.args.device)).tolist()
+        finally:
+            self._dev = None
         found.metrics[f"{metric_key_prefix}_loss"] = total / count if count else float("nan")
         return found
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        if not self.model.training:
+        # Not by `model.training`: between an evaluation and the next step it is off.
+        if self._dev is not None:
             return None  # of dev data each batch has its mean, and `evaluation_loop` the mean of all
         ends = self.accelerator.gradient_state.end_of_dataloader
         if ends and self._left is not None and self._left.missing:

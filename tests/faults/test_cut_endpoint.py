@@ -1,6 +1,7 @@
 """A judge that dies half way through a command, and one that only has bad moments."""
 
 import json
+import re
 from pathlib import Path
 
 from evaluation.fault_server import FAULTS, Answer, FaultServer, Seen
@@ -43,8 +44,8 @@ def test_a_judge_that_dies_and_comes_back_is_asked_what_is_missing(tmp_path):
         with FaultServer(dying) as judge:
             arguments = given(writer.url, judge.url, tmp_path / "cut", 0)
             done = command("evaluate.py", arguments)
-            assert (
-                "is down: 20 questions in a row had no reply, the last one for the connection was cut" in done.sentence
+            assert re.search(
+                r"is down: \d+ questions in a row had no reply, the last one for the connection was cut", done.sentence
             )
             assert "the same command goes on when it is up again" in done.sentence
             state = json.loads((tmp_path / "cut" / "evaluation" / "personagym" / "state.json").read_text())

@@ -53,7 +53,7 @@ ADAPTER = "personalizer/adapter/adapter_model.safetensors"
 @pytest.mark.parametrize(
     ("six", "four", "reasons"),
     [
-        (("optimizer.safetensors", truncate), ("rng-0.json", flip), ("is not the file that was saved",) * 2),
+        (("optimizer.safetensors", truncate), ("rng.json", flip), ("is not the file that was saved",) * 2),
         (("checkpoint.json", os.remove), ("", empty), ("has no checkpoint.json",) * 2),
     ],
 )

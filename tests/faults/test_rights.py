@@ -33,7 +33,7 @@ def test_no_right_to_make_the_output_folder(place, script):
     ("script", "closed", "more", "sentence"),
     [
         ("train.py", ".", [], "config.yaml could not be written: Permission denied"),
-        ("train.py", "checkpoints", [], "the checkpoint of step 6 could not be saved ([Errno 13] Permission denied"),
+        ("train.py", "checkpoints", [], "checkpoint-6 could not be written: Permission denied"),
         ("evaluate.py", "evaluation/town/untouched", [], "samples.jsonl could not be written: Permission denied"),
         ("evaluate.py", "evaluation/town/untouched", ["overwrite=true"], "Permission denied"),
         ("evaluate.py", "evaluation/town", [], "config.yaml could not be written: Permission denied"),

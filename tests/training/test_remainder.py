@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import BatchSampler, SequentialSampler
+from training_toys import Points, Toy, curve, in_two, run
 
 from persona.training import shards
 from persona.training.remainder import LeftOver
-
-from training_toys import Points, Toy, curve, in_two, run
 
 
 @pytest.mark.parametrize(("rows", "processes"), [(8, 2), (7, 2), (5, 2), (1, 2), (9, 4), (3, 4), (11, 3)])
@@ -44,6 +43,12 @@ def test_the_dev_loss_is_the_mean_over_all_rows_in_one_process_and_in_two(rows: 
     assert alone[2] == pytest.approx(float((guess - dev.y).square().mean()), rel=1e-6)
     assert in_two(lambda: run(tmp_path / "two", module(), dev=Points(rows), batch_size=2, **steps)) == [0, 0]
     assert curve(tmp_path / "two", "eval_loss") == pytest.approx(alone, rel=1e-6)
+    # A step after an evaluation counts its labels as every other does; here it is an epoch's shorter last one.
+    steps = {"max_steps": 3, "eval_every": 1, "save_every": 5}
+    run(tmp_path / "one after", module(), Points(7), Points(rows), **steps)
+    two = lambda: run(tmp_path / "two after", module(), Points(7), Points(rows), batch_size=2, **steps)  # noqa: E731
+    assert in_two(two) == [0, 0]
+    assert curve(tmp_path / "two after") == pytest.approx(curve(tmp_path / "one after"), rel=1e-6)
 
 
 @pytest.fixture()

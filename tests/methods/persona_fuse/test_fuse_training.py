@@ -396,7 +396,7 @@ def test_every_stage_runs_with_wandb(llama, tmp_path, monkeypatch):
 
 def test_preference_training(llama, tmp_path):
     """The first loss of DPO is ln 2, as fresh experts change nothing; then the response gains on what the LM says."""
-    none = {"contrastive": 0.0, "consistency": 0.0, "balance": 0.0}
+    none = {"contrastive": 0.0, "kl": 0.0, "consistency": 0.0, "balance": 0.0}
     joint = JointConfig(5e-3, epochs=4, batch_size=12, objective="dpo", max_new_tokens=6, **none)
     run(llama, tmp_path, toy_people(2), skip=["warmup", "router"], joint=joint)
     logged = [json.loads(line) for line in (tmp_path / "stages" / "joint" / "metrics.jsonl").read_text().splitlines()]
