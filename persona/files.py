@@ -114,17 +114,17 @@ def atomic_folder(folder: Path | str) -> Iterator[Path]:
                 _sync(file)
         # A rename cannot replace a folder that holds files, so the old one steps aside first.
         old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed just here
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
             try:
                 os.rename(temporary, folder)
             except OSError:
                 os.rename(old, folder)
                 raise
-            shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)  # also that of a process that was killed just here
         _sync(folder.parent)
     except _FAILURES as error:
         raise _explain(error, folder) from error

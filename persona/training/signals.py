@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import signal
@@ -18,7 +19,6 @@ import torch
 from transformers import TrainerCallback
 
 from persona.errors import UserError
-from persona.files import sha256
 
 logger = logging.getLogger(__name__)
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1)
@@ -152,11 +152,12 @@ def expected_seconds(model: torch.nn.Module, folder: Path) -> float:
     sample = max(1, min(size, _PROBE))
     begun = time.monotonic()
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as stream:
+        with tempfile.TemporaryFile(dir=folder) as stream:  # without a name: a kill leaves nothing
             stream.write(bytes(sample))
             stream.flush()
             os.fsync(stream.fileno())
-            sha256(stream.name)
+            stream.seek(0)
+            hashlib.file_digest(stream, "sha256")
     except OSError as error:
         raise UserError(f"{folder} has no room for a checkpoint of {size / 1e6:.1f} MB: {error.strerror}") from error
     return (time.monotonic() - begun) * size / sample

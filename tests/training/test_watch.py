@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import time
-import traceback
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
-from training_toys import Points, Toy, collate, curve, rows, run, settings
+from training_toys import Points, Toy, collate, curve, in_two, rows, run, settings
 
 from persona import heartbeat
 from persona.training.trainer import fit
@@ -175,42 +173,17 @@ class Stuck(Points):
         return super().__getitem__(index)
 
 
-def trains_as(rank: int, port: int, out) -> int:
-    """A forked process that takes its place in a gloo group as a launcher would give it, and trains."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        from accelerate import PartialState
-        from accelerate.state import AcceleratorState
-
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
-        AcceleratorState._reset_state(reset_partial_state=True)  # this process's parent was alone
-        PartialState(cpu=True)
-        heartbeat.INTERVAL, heartbeat.STALLED = 0.1, 1.0
-        handler = logging.FileHandler(out / f"log-{rank}.txt")
-        logging.getLogger("persona.heartbeat").addHandler(handler)
-        with heartbeat.beating(out):
-            # One epoch of 24 points: each process loads half, all of them on some process.
-            fit(Masked(), Stuck(), None, masked, settings(max_steps=6, batch_size=2), out)
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
 @pytest.mark.multi_process
 def test_a_standstill_names_who_waits_for_whom(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [trains_as(rank, port, tmp_path) for rank in range(2)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    def trains() -> None:
+        heartbeat.INTERVAL, heartbeat.STALLED = 0.1, 1.0
+        handler = logging.FileHandler(tmp_path / f"log-{os.environ['RANK']}.txt")
+        logging.getLogger("persona.heartbeat").addHandler(handler)
+        with heartbeat.beating(tmp_path):
+            # One epoch of 24 points: each process loads half, all of them on some process.
+            fit(Masked(), Stuck(), None, masked, settings(max_steps=6, batch_size=2), tmp_path)
+
+    assert in_two(trains) == [0, 0]
     said = (tmp_path / "log-0.txt").read_text().splitlines()
     first = next(line for line in said if "loading data" in line)
     assert re.search(
