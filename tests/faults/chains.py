@@ -140,6 +140,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.touch()  # a process that is killed early never opens it
         given = self.case.given(self.out, self.url)
         threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         environment = {**threads, "WANDB_MODE": "disabled", MARK: self.mark}
