@@ -5,6 +5,7 @@ A folder holds results of one setting only, and a killed run goes on.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -292,6 +293,7 @@ def _finish(
     results.write_summary(folder, summary)
 
 
+@functools.cache
 def _environment() -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
     return {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", **versions}
