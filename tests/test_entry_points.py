@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import two_processes
 from safetensors.torch import load_file, save_file
 
 from evaluate import evaluate
@@ -459,28 +460,23 @@ def test_a_missing_role_is_one_sentence_before_anything_runs(tmp_path):
 # ---- two processes -------------------------------------------------------------------------------------------------
 
 
-def two_processes(*arguments: str) -> subprocess.CompletedProcess:
+def torchrun(*arguments: str) -> subprocess.CompletedProcess:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_addr=127.0.0.1",
-        f"--master_port={port}",
-    ]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    launcher += ["--master_addr=127.0.0.1", f"--master_port={port}"]
     command = [sys.executable, *launcher, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 
 @pytest.mark.multi_process
 def test_two_processes_train_and_evaluate_as_one(places, tmp_path):
-    """One global batch of two: one process with both samples, or two with one each."""
+    """One global batch of two: one process with both samples, or two with one each, which torchrun has started."""
     given = ["method=finetune_lora", "model=local", "debug=tiny", "trainer.cpu=true", "model.device=cpu",
              "method.lora_dropout=0.0", *places["town"]]  # fmt: skip
     alone = train(load_config("train", [*given, f"output={tmp_path / 'one'}"]))
-    done = two_processes("train.py", *given, "trainer.batch_size=1", f"output={tmp_path / 'two'}")
+    done = torchrun("train.py", *given, "trainer.batch_size=1", f"output={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr[-3000:]
     together = tmp_path / "two" / "personalizer"
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
@@ -491,8 +487,8 @@ def test_two_processes_train_and_evaluate_as_one(places, tmp_path):
     given = ["benchmark.limit=6", "benchmark.max_new_tokens=4", "model=local", "model.device=cpu",
              f"personalizers=[{together}]", *places["town"]]  # fmt: skip
     one = evaluate(load_config("evaluate", [*given, f"output={tmp_path / 'one'}"]))
-    done = two_processes("evaluate.py", *given, f"output={tmp_path / 'two'}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    both = two_processes("evaluate.py", [*given, f"output={tmp_path / 'two'}"])
+    assert [done.code for done in both] == [0, 0], [done.err[-3000:] for done in both]
     two = tmp_path / "two" / "evaluation" / "town"
     expected, found = (read_rows(folder / "lora" / "samples.jsonl") for folder in (one, two))
     assert [(row.id, row.raw, row.values) for row in found] == [(row.id, row.raw, row.values) for row in expected]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from fault_toys import started
+from commands import started
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ def place_of(case: Case, out: Path, since: float, records: int = 0) -> str:
 
 
 class Tasks:
-    """The processes of a command, which have everything imported (fault_toys.py); with the face of a Popen.
+    """The processes of a command, which have everything imported (tests/commands.py); with the face of a Popen.
 
     Several find each other by the variables that srun sets, and nobody stands between them and us.
     """

@@ -25,14 +25,14 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests" / "evaluation"), str(ROOT)]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT / "tests" / "evaluation"), str(ROOT)]
 
 # Processes that fork have one thread, as those that are started anew.
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 from chains import GROUP, LAUNCHER, RANK, TERM, Case, Chain, chain, uninterrupted  # noqa: E402
+from commands import import_for_all  # noqa: E402
 from fault_server import Answer, FaultServer, Seen  # noqa: E402
-from fault_toys import import_for_all  # noqa: E402
 
 TRAINER = ("trainer.cpu=true", "model.device=cpu", "trainer.wandb=disabled", "trainer.resume=true",
            "trainer.log_every=1", "trainer.keep_checkpoints=2")  # fmt: skip

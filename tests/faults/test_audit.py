@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from fault_toys import ROOT
+from commands import ROOT
 
 pytest.importorskip("pip_audit", reason="pip-audit comes with the extra dev")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fault_toys import ROOT, command
+from commands import ROOT, command
 from torch import nn
 
 from evaluate import Players

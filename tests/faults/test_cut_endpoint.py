@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from commands import command
 from evaluation.fault_server import FAULTS, Answer, FaultServer, Seen
-from fault_toys import command
 
 from persona.evaluation.results import read_rows
 

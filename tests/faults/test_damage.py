@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_toys import command
+from commands import command
 
 from persona.errors import UserError
 from persona.evaluation.generation import generate

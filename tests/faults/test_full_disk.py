@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from fault_toys import command, small_disk, small_files
+from commands import command
+from fault_toys import small_disk, small_files
 
 from persona.evaluation.results import read_rows
 from persona.training.watch import MEASURED

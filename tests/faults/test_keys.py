@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from commands import command
 from evaluation.fault_server import Answer, FaultServer, Seen
-from fault_toys import command
 
 from persona.config import load_config
 from persona.config.compose import check_no_keys

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from fault_toys import Done, command, trouble, two_processes, with_trouble
+from commands import Done, command, two_processes
+from fault_toys import trouble, with_trouble
 
 pytestmark = pytest.mark.multi_process
 

@@ -4,7 +4,8 @@ import os
 import shutil
 
 import pytest
-from fault_toys import command, no_privileges
+from commands import command
+from fault_toys import no_privileges
 
 
 @pytest.fixture(scope="module")

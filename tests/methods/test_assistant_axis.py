@@ -6,8 +6,6 @@ import asyncio
 import json
 import re
 import shutil
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import two_processes
 from safetensors.numpy import load_file
 
 import persona
@@ -191,20 +190,9 @@ def test_what_is_up_to_date_is_skipped_and_what_changed_is_not(made, tmp_path):
 
 @pytest.mark.multi_process
 def test_two_processes_make_what_one_makes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_addr=127.0.0.1",
-        f"--master_port={port}",
-    ]
     given = ["data.dev=20", "method.calibration.widths=[]"]
-    command = [sys.executable, *launcher, "train.py", *TINY, *given, f"output={tmp_path / 'two'}"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    both = two_processes("train.py", [*TINY, *given, f"output={tmp_path / 'two'}"])
+    assert [done.code for done in both] == [0, 0], [done.err[-3000:] for done in both]
     run_train(tiny(tmp_path / "one", *given))
     one, two = (contents(tmp_path / name / "stages") for name in ("one", "two"))
     assert {name for name in one if name.endswith(".jsonl")} == {name for name in two if name.endswith(".jsonl")}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import two_processes
 
 import persona
 from persona import data, lm
@@ -111,19 +110,8 @@ def test_what_is_up_to_date_is_skipped_and_what_changed_is_not(made):
 
 @pytest.mark.multi_process
 def test_two_processes_make_what_one_makes(made, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_addr=127.0.0.1",
-        f"--master_port={port}",
-    ]
-    command = [sys.executable, *launcher, "train.py", *TINY, "trainer.batch_size=1", f"output={tmp_path}"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    both = two_processes("train.py", [*TINY, "trainer.batch_size=1", f"output={tmp_path}"])
+    assert [done.code for done in both] == [0, 0], [done.err[-3000:] for done in both]
     for name in ("prompts", "answers", "pairs", "dropped"):
         assert (tmp_path / "stages" / f"{name}.jsonl").read_bytes() == (made / "stages" / f"{name}.jsonl").read_bytes()
     one, two = (
