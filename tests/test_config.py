@@ -126,6 +126,10 @@ def test_several_judges_are_named_side_by_side() -> None:
         ("trainer.epochs=abc", "trainer.epochs=abc: Value 'abc' of type 'str' could not be converted to Float"),
         ("trainer.batch_size=1.5", "trainer.batch_size=1.5: Value '1.5' of type 'float' could not be converted"),
         ("trainer.batch_size=0", "trainer.batch_size=0 has to be greater than 0"),
+        ("trainer.learning_rate=nan", "trainer.learning_rate=nan has to be a finite number"),
+        ("trainer.epochs=inf", "trainer.epochs=inf has to be a finite number"),
+        ("+trainer.scheduler_options.min_lr_rate=nan", "trainer.scheduler_options.min_lr_rate=nan has to be a finite"),
+        ("personalizers=[{steering:{strength:nan}}]", "personalizers[0].steering.strength=nan has to be a finite"),
         ("trainer.precision=bf61", "trainer.precision=bf61 is unknown; did you mean bf16? (fp32, bf16)"),
         ("method.compat=refrence", "method.compat=refrence is unknown; did you mean reference? (null, reference)"),
         ("name=null", "name=null: field 'name' is not Optional"),
@@ -224,6 +228,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     root, own = logging.getLogger(), logging.getLogger("persona")
     before = root.handlers[:], root.level, own.level
     monkeypatch.chdir(tmp_path)
+    # To configure logging is to close all handlers there are, and absl's closes the stream it began with: pytest's.
+    monkeypatch.setattr(logging, "shutdown", lambda handlers=(): None)
     yield tmp_path
     root.handlers[:], root.level = before[0], before[1]
     own.setLevel(before[2])

@@ -6,6 +6,7 @@ every YAML under configs/ extends one (`defaults: [base_x, _self_]`), so that a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -318,12 +319,20 @@ def value_problems(node: Any, prefix: str = "") -> Iterator[str]:
             known = ["null" if choice is None else choice for choice in choices]
             yield f"{prefix}{name}={value} is unknown{nearest(str(value), known)} ({', '.join(known)})"
     for part in fields(node):
-        if is_dataclass(getattr(node, part.name)):
-            yield from value_problems(getattr(node, part.name), f"{prefix}{part.name}.")
-        elif isinstance(getattr(node, part.name), dict):
-            for key, value in getattr(node, part.name).items():
-                if is_dataclass(value):
-                    yield from value_problems(value, f"{prefix}{part.name}.{key}.")
+        yield from _value_problems(getattr(node, part.name), f"{prefix}{part.name}")
+
+
+def _value_problems(value: Any, key: str) -> Iterator[str]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{key}={value} has to be a finite number"
+    elif is_dataclass(value):
+        yield from value_problems(value, f"{key}.")
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _value_problems(inner, f"{key}.{name}")
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _value_problems(inner, f"{key}[{number}]")
 
 
 def nearest(text: str, options: Sequence[str]) -> str:
