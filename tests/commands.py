@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _FORK = multiprocessing.get_context("forkserver")
 _IMPORTED = (
     "persona.methods.finetune", "persona.benchmarks", "persona.players", "persona.data", "persona.config",
-    "persona.training.trainer", "persona.evaluation.report", "persona.evaluation.plots", "openai", "train", "evaluate",
+    "persona.training.trainer", "persona.evaluation.report", "persona.evaluation.plots", "openai", "deepspeed",
+    "train", "evaluate",
 )  # fmt: skip
 
 

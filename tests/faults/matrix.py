@@ -49,6 +49,14 @@ BATCHES = {  # of one process, and of each of two
 LAUNCHES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
+def prepare(out: Path) -> None:
+    """Before the first launch."""
+    out.mkdir(parents=True, exist_ok=True)
+    zero3 = json.loads((ROOT / "configs" / "launch" / "deepspeed" / "zero3.json").read_text())
+    zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (out / "zero3.json").write_text(json.dumps(zero3))
+
+
 # ---- in a process --------------------------------------------------------------------------------------------------
 
 
@@ -152,10 +160,7 @@ def main() -> None:
         return
     from persona.config.launch import LaunchConfig, start
 
-    out.mkdir(parents=True, exist_ok=True)
-    zero3 = json.loads((ROOT / "configs" / "launch" / "deepspeed" / "zero3.json").read_text())
-    zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (out / "zero3.json").write_text(json.dumps(zero3))
+    prepare(out)
     again = [sys.executable, __file__, "--out", str(out), *(["--no-resume"] if given.no_resume else [])]
     print("| method | launch | loss / artefact against single | stopped and gone on, against whole | s |")
     print("|---|---|---|---|---|")

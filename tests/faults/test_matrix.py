@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import command, two_processes
+from matrix import difference, prepare
 
 SCRIPT = Path(__file__).parent / "matrix.py"
 
@@ -26,9 +28,15 @@ def differences(cell: str) -> list[float]:
 
 @pytest.mark.multi_process
 def test_an_adapter_over_a_divided_base_is_that_of_one_process(tmp_path: Path) -> None:
-    found = table(tmp_path, "--methods", "finetune_lora", "--launches", "single,zero3,fsdp2", "--no-resume")
+    """As in the table, by processes that have everything imported."""
+    prepare(tmp_path)
+    given = ["--methods", "finetune_lora", "--no-resume", "--out", str(tmp_path), "--worker"]
+    alone = command("tests/faults/matrix.py", [*given, "single"])
     for launch in ("zero3", "fsdp2"):
-        loss, artefact = differences(found["finetune_lora", launch][0])
+        both = two_processes("tests/faults/matrix.py", [*given, launch])
+        assert [done.code for done in (alone, *both)] == [0, 0, 0], [done.err[-3000:] for done in (alone, *both)]
+        whole = [tmp_path / name / "finetune_lora" / "whole" for name in ("single", launch)]
+        loss, artefact = differences(difference(*whole))
         assert loss < 1e-5 and artefact < 1e-6
 
 
