@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
-import bm25s
 import numpy as np
+
+# Where there is JAX, bm25s starts it as it is imported, and JAX takes three quarters of a GPU's memory for good.
+with patch.dict(sys.modules, {"jax": None}):
+    import bm25s
 
 from persona.encoders import Encoder, EncoderConfig
 from persona.errors import UserError

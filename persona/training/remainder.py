@@ -66,6 +66,8 @@ class EveryRowOnce(_Trainer):
         ends = self.accelerator.gradient_state.end_of_dataloader
         nothing = ends and self._dev_left is not None and self._dev_left.missing
         count = 0 if nothing else int(self.counted(inputs))
+        if nothing:
+            inputs = {**inputs, "labels": torch.full_like(inputs["labels"], -100)}
         found = super().prediction_step(model, inputs, *args, **kwargs)
         if count and self._dev is not None:
             self._dev += torch.tensor([float(found[0]) * count, count], dtype=torch.float64)

@@ -22,6 +22,11 @@ class SupervisedTrainer(OwnTrainer, SFTTrainer):
     """TRL's SFTTrainer: cross entropy per token, over all tokens of an optimizer step, whatever holds them (processes,
     accumulated batches)."""
 
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        for metrics in self._metrics.values():
+            metrics.pop("num_tokens", None)  # tokens so far, which TRL counts from 0 again after a resume
+        super().log(*args, **kwargs)
+
 
 def encode(
     base: BaseLM, conversation: Conversation, limit: int | None = None, last_only: bool = False

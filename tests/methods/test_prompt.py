@@ -1,6 +1,8 @@
 """Prompt personalizers: rankers, budget and prompts against values worked out by hand."""
 
+import importlib
 import math
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -380,3 +382,20 @@ def test_plain_requests_use_plain_rules(retrieval):
     (done,) = retrieval(k=1).prompt([request("which boat?", history)])
     assert done.messages[-1].content == '"4" for "a boat". which boat?'
     assert plain_task("x").item_text_with_label(history[0]) == "4: a boat"
+
+
+def test_jax_is_not_started(monkeypatch):
+    """bm25s would start JAX at its import, and JAX would take most of a GPU's memory."""
+
+    class Started:
+        def __getattr__(self, name):
+            raise AssertionError("JAX was used")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bm25s"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "persona.methods.ranking")
+    for name in ("jax", "jax.lax"):
+        monkeypatch.setitem(sys.modules, name, Started())
+    again = importlib.import_module("persona.methods.ranking")
+    assert again.bm25_scores(["a b", "b c", "c d"], "a")[0] > 0
+    assert isinstance(sys.modules["jax"], Started)

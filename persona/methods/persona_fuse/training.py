@@ -40,22 +40,31 @@ class _Gather(torch.autograd.Function):
     """Rows of all processes, in the order of their ranks; gradients of all of them come back to each row's own."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+    def forward(ctx: Any, tensor: Tensor, counts: Sequence[int]) -> Tensor:
+        ctx.counts = counts
+        padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in counts]
+        torch.distributed.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous()
         torch.distributed.all_reduce(grad)
-        return grad.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+        return grad.split(ctx.counts)[torch.distributed.get_rank()], None
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """[B, …] of this process → [processes · B, …], with gradients. All processes have to bring as many rows."""
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    return tensor if alone or torch.distributed.get_world_size() == 1 else _Gather.apply(tensor)
+def gathered(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each [B, …] of this process → [rows of all processes, …], with gradients. B, the same of all that are given, may
+    differ from process to process, and be 0."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensors
+    own = torch.tensor([len(tensors[0])], device=tensors[0].device)
+    each = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(each, own)
+    counts = [int(count) for count in each]
+    return tuple(_Gather.apply(tensor, counts) for tensor in tensors)
 
 
 def reply_nll(under: LanguageModel, requests: Sequence[Request], prompts: Any, replies: Any) -> tuple[Tensor, Tensor]:
@@ -213,11 +222,12 @@ class RouterTraining(FuseTraining):
         # Not `config`: transformers' W&B callback takes a model's for that of a PreTrainedModel.
         self.mixture, self.settings, self.terms = mixture, config, terms
 
-    def losses(self, routing: Routing, targets: Tensor) -> Tensor:
-        """The weighted sum of the router's losses over the rows of all processes; heads of several layers count as one
-        (p is then the layers' embeddings side by side, gates their mean loss)."""
-        c, terms = self.settings, self.terms
-        p, gates, targets = gathered(routing.p), gathered(routing.gates), gathered(targets)
+    def losses(self, routing: Routing, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the router's losses over the rows of all processes, and how many of them are this one's;
+        heads of several layers count as one (p is then the layers' embeddings side by side, gates their mean loss).
+        Rows whose label is -100 count nothing (persona/training/remainder.py)."""
+        c, terms, real = self.settings, self.terms, labels != -100
+        p, gates, targets = gathered(routing.p[real], routing.gates[real], targets[real])
         heads = p.shape[1]
         poles = targets.clone()
         poles[:, self.mixture.experts.count :] = 0  # neutral queries skip the contrastive loss
@@ -237,12 +247,12 @@ class RouterTraining(FuseTraining):
         self.note(**{"router/accuracy": (right & known).sum() / known.sum().clamp(min=1)})
         self.note(**{"router/entropy": losses.entropy(gates).mean()})
         self.note(**{f"gate/{name}": value for name, value in zip(self.mixture.names, mean.mean(0), strict=True)})
-        return torch.stack([getattr(terms, name) * value for name, value in found.items()]).sum()
+        return torch.stack([getattr(terms, name) * value for name, value in found.items()]).sum(), real.sum()
 
     def forward(self, query, targets, labels, num_items_in_batch=None):
         # Each process has the loss of all; it counts in the measure of its own rows, so that all together count once.
-        share = 1 if num_items_in_batch is None else len(labels) / num_items_in_batch
-        return {"loss": self.losses(self.mixture.route(query), targets) * share}
+        loss, own = self.losses(self.mixture.route(query), targets, labels)
+        return {"loss": loss if num_items_in_batch is None else loss * own / num_items_in_batch}
 
 
 class JointTraining(RouterTraining):
@@ -272,8 +282,10 @@ class JointTraining(RouterTraining):
             better, worse = (-total - reference).chunk(2)
             each = dpo_loss(better - worse, beta=self.settings.joint.beta)
             self.note(dpo=each.mean(), **{"rewards/accuracies": (better > worse).float().mean()})
-        count = len(labels) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": each.sum() / count + self.losses(routing, targets) * (len(labels) / count)}
+        loss, own = self.losses(routing, targets, labels)
+        if num_items_in_batch is None:
+            return {"loss": each.mean() + loss}
+        return {"loss": (each.sum() + loss * own) / num_items_in_batch}
 
 
 def train_router(

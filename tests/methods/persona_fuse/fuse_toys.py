@@ -60,8 +60,9 @@ def config(base: BaseLM, **changes) -> PersonaFuseConfig:
         "lora": LoraSettings(r=2, lora_alpha=4, lora_dropout=0.0),
         "router": router,
         "warmup": WarmupConfig(learning_rate=1e-2, epochs=2, batch_size=2),
-        "routing": RouterStageConfig(learning_rate=1e-2, encoder_learning_rate=1e-3, epochs=2, batch_size=12),
-        "joint": JointConfig(learning_rate=1e-3, epochs=1, batch_size=12),
+        # 24 pairs of rows; on two processes the last batches are of 7 and 3 pairs here, of 4 and none below
+        "routing": RouterStageConfig(learning_rate=1e-2, encoder_learning_rate=1e-3, epochs=2, batch_size=28),
+        "joint": JointConfig(learning_rate=1e-3, epochs=2, batch_size=20),
     }
     return PersonaFuseConfig(**{**settings, **changes})
 

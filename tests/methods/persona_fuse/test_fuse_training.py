@@ -266,8 +266,10 @@ def test_two_processes_are_one(llama, whole, tmp_path):
 
 
 @pytest.mark.multi_process
-def test_gathered_losses_and_gradients(tmp_path):
-    """Contrastive and consistency loss of four rows on two processes: value and gradients of one process with all."""
+@pytest.mark.parametrize("first", [2, 3, 4])
+def test_gathered_losses_and_gradients(tmp_path, first):
+    """Contrastive and consistency loss of four rows on two processes, of which the `first` are the first one's: value
+    and gradients of one process with all."""
     from persona.methods.persona_fuse.losses import contrastive_loss, load_balance, trait_consistency
 
     generator = torch.Generator().manual_seed(0)
@@ -279,8 +281,10 @@ def test_gathered_losses_and_gradients(tmp_path):
         return contrastive_loss(p, vectors, targets, 0.3) + trait_consistency(p, targets) + load_balance(gates)
 
     def act(rank):
-        mine, own = p.chunk(2)[rank].clone().requires_grad_(), vectors.clone().requires_grad_()
-        loss = total(training.gathered(mine), own, training.gathered(targets.chunk(2)[rank]))
+        rows = slice(0, first) if rank == 0 else slice(first, 4)
+        mine, own = p[rows].clone().requires_grad_(), vectors.clone().requires_grad_()
+        every, called = training.gathered(mine, targets[rows])
+        loss = total(every, own, called)
         (loss / 2).backward()  # each process counts in the measure of its rows
         torch.distributed.all_reduce(own.grad)
         torch.save({"loss": loss.detach(), "p": mine.grad, "vectors": own.grad}, tmp_path / f"{rank}.pt")
