@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,7 +49,7 @@ from persona.training.supervised import train_supervised
 from persona.training.trainer import OwnTrainer
 from persona.types import HistoryItem, Message, Persona, Request, Sample, Sampling
 
-WORDS = [f"word{number:03d}" for number in range(500)]  # a token each
+WORDS = ["".join(letters) for letters in product("bdfglmnprst", "aeiou", "bdfglmnprst")][:500]  # a token each
 TASK = register(plain_task("plain"))
 WINDOW = 4  # steps in a row of metrics.jsonl
 TINY = {
@@ -345,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     until = time.monotonic() + 60 * given.minutes
     console, rows = Console(width=None if sys.stdout.isatty() else 130), []
-    tokenizer = scratch.train_tokenizer([" ".join(WORDS)] * 4 + [f"{a} {a}" for a in WORDS], 1500)
+    tokenizer = scratch.train_tokenizer([f"{word} {word}" for word in WORDS], 1500)
     dtype = torch.bfloat16 if torch.cuda.is_available() or not given.quick else torch.float32
     scale = 32 if given.quick else 1
     with tempfile.TemporaryDirectory() as folder:

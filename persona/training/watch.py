@@ -75,11 +75,21 @@ class Flops(TorchDispatchMode):
         # Within a backward pass gradients are enabled only for what is computed again.
         again = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
         if formula is not None and not again:
+            if "scaled_dot_product" in func._overloadpacket.__name__:
+                args = ungrouped(args, first=int("backward" in func._overloadpacket.__name__))
             try:
                 self.total += formula(*args, **(kwargs or {}), out_val=result)
             except (AssertionError, TypeError, ValueError):  # shapes that an older PyTorch has no formula for
                 self.known = False
         return result
+
+
+def ungrouped(args: tuple, first: int) -> tuple:
+    """An attention's arguments, of which query, key and value [B, heads, T, d] stand at `first` and behind it, with as
+    many heads in key and value (which have a shape alone) as the query has: older PyTorch has no formula for fewer."""
+    heads = args[first].shape[1]
+    wide = (one.new_empty((one.shape[0], heads, *one.shape[2:]), device="meta") for one in args[first + 1 : first + 3])
+    return (*args[: first + 1], *wide, *args[first + 3 :])
 
 
 def positions(batch: dict[str, Any]) -> tuple[int, int]:

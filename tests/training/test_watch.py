@@ -16,7 +16,7 @@ from training_toys import Points, Toy, collate, curve, in_two, rows, run, settin
 
 from persona import heartbeat
 from persona.training.trainer import fit
-from persona.training.watch import Flops, Watched
+from persona.training.watch import Flops, Watched, ungrouped
 
 # ---- windows -------------------------------------------------------------------------------------------------------
 
@@ -125,6 +125,25 @@ def test_flops_of_a_language_model(llama):
     own = not next(model.parameters()).requires_grad
     factor = 2 if own else 3
     assert counter.total == 2 * length * (factor * 2 * weights + 3 * attention)
+
+
+def test_flops_of_grouped_heads(monkeypatch):
+    """Four heads of a query over two of keys and values: scores and their mix, 2 · 2 · 4 · 8 · 8 · 16 operations each,
+    by a formula that knows no groups as by PyTorch's own."""
+    query, key, value = (torch.empty(2, heads, 8, 16, device="meta") for heads in (4, 2, 2))
+    attention = torch.ops.aten._scaled_dot_product_flash_attention
+
+    def equal(q, k, v, *args, out_val=None, **kwargs):
+        assert q.shape[1] == k.shape[1] == v.shape[1]
+        return own(q, k, v, *args, out_val=out_val, **kwargs)
+
+    own = flop_registry[attention]
+    monkeypatch.setitem(flop_registry, attention, equal)
+    with Flops() as counter:
+        attention(query, key, value)
+    assert counter.known and counter.total == 2 * 2 * 2 * 4 * 8 * 8 * 16
+    *tensors, last = ungrouped((query, query, key, value, "out"), first=1)  # as a backward has them
+    assert [one.shape for one in tensors] == [query.shape] * 4 and last == "out"
 
 
 @pytest.mark.parametrize("known", (True, False))
