@@ -29,18 +29,21 @@ def trace(id: str, gate: Tensor, norm: float) -> dict[str, Any]:
 def report(gates: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """What gates [B, N] do against targets [B, N] (`data.targets_of`): n; `accuracy`, the share of queries whose
     largest gate is one they call for (of a neutral one: null; without a null expert neutral queries do not count);
-    `mass`, the mean gate on what is called for; mean `entropy` in nats; by expert the mean gate and the shares of
-    queries for which it is the largest (`usage`) and is called for (`called`, split evenly where a query calls for
-    several)."""
+    `complete`, the share of those for which everything called for has a larger gate than everything else; `mass`, the
+    mean gate on what is called for; mean `entropy` in nats; by expert the mean gate and the shares of queries for
+    which it is the largest (`usage`) and is called for (`called`, split evenly where a query calls for several)."""
     known = targets.sum(-1) > 0
     chosen = gates.argmax(-1)
     right = targets.gather(-1, chosen[:, None])[:, 0] > 0
+    wanted = gates.masked_fill(targets <= 0, 2.0).amin(-1)
+    complete = wanted > gates.masked_fill(targets > 0, -1.0).amax(-1)
     usage = [float((chosen == number).float().mean()) for number in range(len(names))]
     called = (targets / targets.sum(-1, keepdim=True).clamp(min=1e-9)).mean(0)
     count = max(1, int(known.sum()))
     return {
         "n": len(gates),
         "accuracy": float(right[known].float().sum()) / count,
+        "complete": float(complete[known].float().sum()) / count,
         "mass": float((gates * (targets > 0))[known].sum()) / count,
         "entropy": float(entropy(gates).mean()),
         "gate": dict(zip(names, gates.mean(0).tolist(), strict=True)),

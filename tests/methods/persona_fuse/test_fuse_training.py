@@ -315,6 +315,13 @@ def test_report_by_hand():
                                          "entropy": 0.801819}  # fmt: skip
 
 
+def test_complete_by_hand():
+    gates = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.2, 0.3], [0.3, 0.4, 0.3], [0.1, 0.1, 0.8]])
+    targets = torch.tensor([[1.0, 0.5, 0], [1.0, 1.0, 0], [1.0, 0, 0], [0, 0, 0]])
+    found = report(gates, targets, ("a", "b", "c"))  # both; only one; not even the largest; neutral without null
+    assert found["complete"] == pytest.approx(1 / 3) and found["accuracy"] == pytest.approx(2 / 3)
+
+
 def test_a_collapse_is_named():
     even = torch.eye(3).repeat(4, 1)
     assert collapse(report(even, even, ("a", "b", "null"))) is None
