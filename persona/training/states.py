@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from persona.errors import UserError
@@ -22,7 +23,13 @@ STEP = "step"  # Adam's count of updates, a scalar; every other state has its pa
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters by name; one that is tied has its first name. Names are those of the bare module."""
+    """The trainable parameters by name; one that is tied has its first name. Names are those of the bare module.
+
+    Under FSDP2 they are this process's parts, as the optimizer has them.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # the outermost stays whole after an evaluation's forward, in other parameters than these
     names = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in module.named_parameters())
     return {name: parameter for name, parameter in names if parameter.requires_grad}
 

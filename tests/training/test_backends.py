@@ -114,6 +114,8 @@ def test_fsdp2_states_are_whole_by_name_and_come_back(tmp_path):
             optimizer.zero_grad()
             module(**batch)["loss"].backward()
             optimizer.step()
+        with torch.no_grad():
+            module(**batch)  # an evaluation: FSDP2 leaves the outermost module whole behind it
         return optimizer
 
     def toy() -> Toy:
