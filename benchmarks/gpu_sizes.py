@@ -127,7 +127,7 @@ class Setting:
 def lora(s: Setting, out: Path, *more: str) -> None:
     """Eight rows of 1,024 tokens, replies of 256 of them."""
     c = s.config("finetune_lora", 8, "method.max_input_length=2048", "method.r=16", *more)
-    finetune.train(c.method, s.under, s.people(s.samples(64, 768, 256)), c.trainer, out)
+    finetune.train(c.method, s.under, s.people(s.samples(160, 768, 256)), c.trainer, out)
 
 
 def recomputed(s: Setting, out: Path) -> None:
@@ -139,7 +139,7 @@ def fully(s: Setting, out: Path) -> None:
     c = s.config("finetune_full", 8, "method.max_input_length=2048", "trainer.gradient_checkpointing=true")
     # Of 8 billion weights the checkpoint and the personalizer are 64 GB, which is not what is measured here.
     with patch.object(OwnTrainer, "_save_checkpoint"), patch.object(finetune, "save"):
-        finetune.train(c.method, s.under, s.people(s.samples(64, 768, 256)), c.trainer, out)
+        finetune.train(c.method, s.under, s.people(s.samples(160, 768, 256)), c.trainer, out)
 
 
 def user_lora(s: Setting, out: Path) -> None:
@@ -153,7 +153,7 @@ def plug(s: Setting, out: Path) -> None:
     c = s.config("persona_plug", 16, f"method.store={out}/store", "method.augment_copies=0",
                  f"method.encoder.name={s.encoder}", "method.encoder.pooling=cls",
                  "method.encoder.normalize=true")  # fmt: skip
-    persona_plug.train(c.method, s.under, s.people(s.samples(48, 250, 64, history=100)), c.trainer, out)
+    persona_plug.train(c.method, s.under, s.people(s.samples(320, 250, 64, history=100)), c.trainer, out)
 
 
 def fuse(s: Setting, out: Path, stage: str) -> None:
@@ -177,7 +177,7 @@ def preferences(s: Setting, out: Path, batch: int, prompt: int, reply: int) -> N
     c = s.config("finetune_lora", batch)
     rng = random.Random(0)
     pairs = [Pair((Message("user", s.text(rng, prompt)),), s.text(rng, reply), s.text(rng, reply))
-             for _ in range(s.rows(batch) * 4)]  # fmt: skip
+             for _ in range(s.rows(batch) * s.steps)]  # fmt: skip
     train_preferences(s.base, pairs, (), beta=0.1, nll_coef=0.1, kl_coef=0.001, lora=LoraSettings(), max_length=None,
                       trainer=c.trainer, out=out)  # fmt: skip
 
@@ -191,7 +191,7 @@ def character_sft(s: Setting, out: Path) -> None:
     """Rank 64, four transcripts of 2,048 tokens, of which the assistant's half counts."""
     c, rng = s.config("finetune_lora", 4), random.Random(0)
     talks = [tuple(Message(role, s.text(rng, 256)) for _ in range(4) for role in ("user", "assistant"))
-             for _ in range(16)]  # fmt: skip
+             for _ in range(4 * s.steps)]  # fmt: skip
     train_supervised(s.base, talks, lora=LoraSettings(), max_length=None, trainer=c.trainer, out=out)
 
 
