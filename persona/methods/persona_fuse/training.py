@@ -152,10 +152,11 @@ class ClipEach(TrainerCallback):
     """Each expert's gradient is cut to a norm of its own, as it would be alone."""
 
     def __init__(self, experts: Experts, norm: float):
-        self.parameters, self.norm = list(experts.parameters()), norm
+        self.experts, self.norm = experts, norm
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        # Asked for now: FSDP2 puts other parameters in the place of those that there were before the training.
+        grads = [parameter.grad for parameter in self.experts.parameters() if parameter.grad is not None]
         if self.norm > 0 and grads:
             size = torch.stack([grad.flatten(1).norm(dim=-1) for grad in grads]).norm(dim=0)  # [E]
             for grad in grads:  # as torch.nn.utils.clip_grad_norm_ does
