@@ -128,18 +128,23 @@ def assemble(base: BaseLM, rows: Sequence[Row], replies: Sequence[Sequence[int]]
 
 
 def forward_logits(base: BaseLM, inputs: Inputs, model: torch.nn.Module | None = None) -> tuple[Tensor, Tensor]:
-    """Logits [B, T, vocab] and the tokens [B, T] they predict (-100 = none), for a batch with replies."""
+    """Logits [B, T, vocab] and the tokens [B, T] they predict (-100 = none), for a batch with replies; T is the length
+    of the longest one. Prompts get no logits: over a large vocabulary those would take most of the memory."""
     model = base.model if model is None else model
     assert inputs.labels is not None
     if base.is_encoder_decoder:
         with prompts([1] * len(inputs.labels)):
             output = model(inputs_embeds=inputs.embeds, attention_mask=inputs.mask, labels=inputs.labels)
         return output.logits, inputs.labels
-    with prompts((inputs.mask.sum(-1) - (inputs.labels != -100).sum(-1)).tolist()):
+    replies = (inputs.labels != -100).sum(-1)
+    # Replies end where their row ends; the first one's token is predicted by the position in front of it.
+    kept = min(max(1, int(replies.max())) + 1, inputs.labels.shape[1])
+    with prompts((inputs.mask.sum(-1) - replies).tolist()):
         output = model(
-            inputs_embeds=inputs.embeds, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
-        )
-    return output.logits[:, :-1], inputs.labels[:, 1:]
+            inputs_embeds=inputs.embeds, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False,
+            logits_to_keep=kept,
+        )  # fmt: skip
+    return output.logits[:, :-1], inputs.labels[:, -kept:][:, 1:]
 
 
 def nll_sum(logits: Tensor, targets: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def plan(cfg: TrainConfig) -> Plan:
             f"data: {size.source}; operations of samples of mean length, without padding",
             f"activations: what autograd keeps of one forward of {cfg.trainer.batch_size} × the longest samples, "
             "counted on the meta device with attention matrices written out (a fused kernel keeps less)",
-            "logits: batch × positions × vocabulary × (logits + float32 copy, log-softmax and gradient)",
+            "logits: batch × tokens of replies × vocabulary × (logits + float32 copy, log-softmax and gradient)",
             *_assumed(cfg),
             *ACCOUNTING,
         ],

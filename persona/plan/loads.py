@@ -41,14 +41,14 @@ TILE = (4096, 32768)  # tokens, words of the vocabulary: what TRL's fused head p
 @dataclass(frozen=True)
 class Rows:
     """What a forward sees: `count` rows of at most `prompt` and `reply` tokens, `mean` (prompt, reply) on average;
-    `front` vectors with gradients in front of each (None: none). `replies` alone meet the output head (TRL's)."""
+    `front` vectors with gradients in front of each (None: none). Of a decoder's rows replies alone meet the output
+    head."""
 
     count: int
     prompt: int
     reply: int
     mean: tuple[int, int]
     front: int | None = None
-    replies: bool = False
 
     @property
     def tokens(self) -> int:
@@ -101,9 +101,8 @@ def single_load(cfg: TrainConfig, size: DataSize) -> Load:
     lm = base_lm(cfg)
     vocabulary = lm.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     made = _plug(cfg, lm, size, rows) if plugs else _finetune(cfg, lm, size, rows)
-    positions = rows.reply + (0 if lm.config.is_encoder_decoder else rows.prompt + (front or 0))
-    # The logits, their float32 copy, its log-softmax, and the gradient of the copy.
-    logits = rows.count * positions * vocabulary * (compute_type(cfg).itemsize + 12)
+    # The replies' logits, their float32 copy, its log-softmax, and the gradient of the copy.
+    logits = rows.count * rows.reply * vocabulary * (compute_type(cfg).itemsize + 12)
     return Load(
         title=f"{method.name} on {cfg.model.path}",
         parts=made.parts,
@@ -135,7 +134,7 @@ def _pass(
     recomputes = cfg.trainer.gradient_checkpointing
     with within(rows.count):
         activations = checkpointed(lm, kept) if recomputes else kept()
-    forward = lm_forward(lm, 1, *rows.mean, rows.front, rows.mean[1] if rows.replies else None)
+    forward = lm_forward(lm, 1, *rows.mean, rows.front, None if lm.config.is_encoder_decoder else rows.mean[1])
     with within(1):
         return Pass(parts, activations, count_flops(lambda: forward().logits, recomputes))
 
@@ -227,7 +226,7 @@ def stage_load(cfg: TrainConfig, training: Training) -> Load:
     trainer = cfg.trainer
     batch = training.batch or trainer.batch_size
     prompt = training.length - training.reply
-    rows = Rows(batch * training.rows, prompt, training.reply, (prompt, training.reply), replies=True)
+    rows = Rows(batch * training.rows, prompt, training.reply, (prompt, training.reply))
     lm = base_lm(cfg)
     vocabulary = lm.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     logits = 0
@@ -239,7 +238,7 @@ def stage_load(cfg: TrainConfig, training: Training) -> Load:
         made = _router(cfg, lm, rows)
     else:
         made = _experts(cfg, lm, rows, training)
-        logits = rows.count * training.length * vocabulary * (compute_type(cfg).itemsize + 12)
+        logits = rows.count * rows.reply * vocabulary * (compute_type(cfg).itemsize + 12)
     return Load(
         title=f"{cfg.method.name} on {cfg.model.path}, stage {training.stage}",
         parts=made.parts,
