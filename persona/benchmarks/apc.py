@@ -22,7 +22,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from persona.benchmarks import BenchmarkConfig
 from persona.data.base import People
@@ -231,6 +230,8 @@ def rank_agreement(scores: Table, truth: Table) -> dict[str, tuple[float, int]]:
 
     Ties share their mean rank. nan where a table has one value only, or there are fewer than two stacks.
     """
+    from scipy import stats  # here, as every command would wait for it
+
     found = {}
     for character in dict.fromkeys(character for _, character in scores):
         common = [key for key in scores if key[1] == character and key in truth]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import stats
+from scipy.special import ndtr, stdtrit
 
 from persona.errors import UserError
 
@@ -220,7 +220,7 @@ def interval(draws: np.ndarray, n_clusters: int, level: float = 0.95) -> tuple[f
     defined = draws[np.isfinite(draws)]
     if n_clusters < 2 or len(defined) < 0.99 * len(draws):
         return None, None
-    tail = stats.norm.cdf(np.sqrt(n_clusters / (n_clusters - 1)) * stats.t.ppf((1 - level) / 2, n_clusters - 1))
+    tail = ndtr(np.sqrt(n_clusters / (n_clusters - 1)) * stdtrit(n_clusters - 1, (1 - level) / 2))
     low, high = np.quantile(defined, [tail, 1 - tail])
     return float(low), float(high)
 

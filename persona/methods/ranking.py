@@ -8,22 +8,17 @@ import math
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-
-# Where there is JAX, bm25s starts it as it is imported, and JAX takes three quarters of a GPU's memory for good.
-with patch.dict(sys.modules, {"jax": None}):
-    import bm25s
 
 from persona.encoders import Encoder, EncoderConfig
 from persona.errors import UserError
 from persona.types import HistoryItem
 
 BM25_K1, BM25_B, BM25_EPSILON = 1.5, 0.75, 0.25  # rank_bm25's BM25Okapi
-# bm25s sets its own logger to DEBUG and would write a line for every user's index.
-logging.getLogger("bm25s").setLevel(logging.WARNING)
 VECTORS_KEPT = 100_000  # encoded texts remembered between calls: 150 MB at 384 dimensions
 
 
@@ -40,6 +35,7 @@ def bm25_scores(texts: Sequence[str], query: str) -> np.ndarray:
     up to its constant factor k1 + 1: bm25s scores with Lucene's idf, which is replaced column by column by Okapi's,
     log((N - n + .5) / (n + .5)) with negative values raised to epsilon times the mean idf of the vocabulary.
     """
+    bm25s = _bm25s()
     documents = [text.split() for text in texts]
     frequency = Counter(word for document in documents for word in set(document))
     known = [word for word in query.split() if word in frequency]
@@ -130,6 +126,17 @@ class Dense:
         while len(self._vectors) > VECTORS_KEPT:
             self._vectors.popitem(last=False)
         return out
+
+
+@cache
+def _bm25s() -> Any:
+    """Imported once it is needed, as every command would wait for it."""
+    # Where there is JAX, bm25s starts it as it is imported, and JAX takes three quarters of a GPU's memory for good.
+    with patch.dict(sys.modules, {"jax": None}):
+        import bm25s
+    # It sets its own logger to DEBUG and would write a line for every user's index.
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    return bm25s
 
 
 def _faiss() -> Any:

@@ -11,7 +11,6 @@ from typing import Literal
 
 import krippendorff
 import numpy as np
-from sklearn.metrics import cohen_kappa_score
 
 Level = Literal["nominal", "ordinal", "interval"]
 
@@ -56,4 +55,6 @@ def cohen_kappa(
     if len({*first, *second}) < 2:
         return float("nan")
     one, other = ([position[verdict] for verdict in verdicts] for verdicts in (first, second))
+    from sklearn.metrics import cohen_kappa_score  # here, as every command would wait for it
+
     return float(cohen_kappa_score(one, other, labels=range(len(scale)), weights=weights))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.metrics import f1_score
 
 
 def label_indices(answers: Sequence[str], labels: Sequence[str]) -> np.ndarray:
@@ -29,5 +28,7 @@ def macro_f1(predictions: np.ndarray, golds: np.ndarray, number_of_labels: int) 
     A label that occurs in neither array counts as 0, as in LaMP's scorer (reference/lamp.md §5), so the value of a
     small sample is bounded by the share of labels it holds.
     """
+    from sklearn.metrics import f1_score  # here, as every command would wait for it
+
     labels = list(range(number_of_labels))
     return float(f1_score(golds, predictions, labels=labels, average="macro", zero_division=0.0))

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize
 from scipy.special import expit, log_expit
-from scipy.stats import spearmanr
 
 SCALE = 400.0  # points by which a player is ahead who wins ten games of eleven
 RESAMPLES = 500
@@ -101,6 +99,8 @@ def spearman(first: Mapping[str, float], second: Mapping[str, float]) -> float:
     names = sorted(first)
     if min(len({ratings[name] for name in names}) for ratings in (first, second)) < 2:
         return math.nan
+    from scipy.stats import spearmanr  # here, as every command would wait for it
+
     return float(spearmanr([first[name] for name in names], [second[name] for name in names]).statistic)
 
 
@@ -135,6 +135,8 @@ class _Table:
     def fit(self, weights: np.ndarray, near: np.ndarray | None = None) -> np.ndarray:
         """Strengths in points around 0, [players], where clusters count `weights` times, [clusters]; `near` is where
         to begin to look."""
+        from scipy.optimize import minimize  # here, as every command would wait for it
+
         n = len(self.players)
         if not n:
             return np.zeros(0)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 
 NAMES = ("rouge1", "rougeL")
 RESAMPLES = 1000  # of rouge_score's BootstrapAggregator
-_SCORER = RougeScorer(list(NAMES), use_stemmer=False)
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # here, as every command would wait for NLTK
+
+    return RougeScorer(list(NAMES), use_stemmer=False)
 
 
 def rouge(prediction: str, reference: str) -> dict[str, float]:
     """{"rouge1", "rougeL"}: F-measures in 0 .. 1 of one pair; 0 when either text has no [a-z0-9] token."""
-    return {name: float(score.fmeasure) for name, score in _SCORER.score(reference, prediction).items()}
+    return {name: float(score.fmeasure) for name, score in _scorer().score(reference, prediction).items()}
 
 
 def bootstrap_median(values: Sequence[float], seed: int = 0) -> float:
