@@ -36,8 +36,9 @@ METHODS = ("persona_plug", "instruction_only", "finetune_lora", "finetune_full",
 # These need an LM that answers in sentences: tests/methods/character/test_pipeline.py and test_assistant_axis.py start
 # them.
 SPEAKING = ("town_character", "town_assistant_axis")
+# Those of the papers are planned in tests/test_plan.py: no machine of the tests could start them.
 EXPERIMENTS = sorted(
-    path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml") if path.stem not in SPEAKING
+    path.stem for path in (ROOT / "configs" / "experiment").glob("town_*.yaml") if path.stem not in SPEAKING
 )
 TOWN = ("data=town", "data.train=2", "data.dev=2", "data.test=1")
 
@@ -116,23 +117,9 @@ def test_every_method_trains_and_is_measured_on_lamp(places, tmp_path, method):
     assert (folder / stack / "plots.json").is_file() == (method == "persona_plug")
 
 
-def small_data(folder: Path) -> dict[str, Path | str]:
-    """For experiments that bring no data of their own: what their `data.path` may be."""
-    instructions = folder / "roles" / "instructions"
-    instructions.mkdir(parents=True)
-    (folder / "ada.txt").write_text("Name: Ada\nJob: baker\n")
-    prompts = {"default": [""], "baker": ["Be a baker."], "diver": ["Be a diver."]}
-    for role, texts in prompts.items():
-        asked = {"instruction": [{"pos": text} for text in texts], "eval_prompt": "{question} {answer}"}
-        (instructions / f"{role}.json").write_text(json.dumps(asked))
-    (folder / "roles" / "role_list.json").write_text('{"baker": "Bakes.", "diver": "Dives."}')
-    (folder / "extraction_questions.jsonl").write_text('{"id": 0, "question": "Who are you?"}\n')
-    return {"constitution": "patience", "biography": folder / "ada.txt", "roles": folder}
-
-
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_starts(places, tmp_path, name, capsys):
-    """The small ones for two steps on the scratch LM, and measured; those of the papers as a plan: no weight loads."""
+def test_every_experiment_starts(places, tmp_path, name):
+    """For two steps on the scratch LM, and is measured."""
     cfg = load_config("train", [f"experiment={name}"])
     if cfg.data.name == "town_characters":  # a scratch LM says nothing that could be labelled: its first stages
         few = ["data.train=2", "data.test=1", f"output={tmp_path}", "trainer.cpu=true", "model.device=cpu"]
@@ -154,22 +141,26 @@ def test_every_experiment_starts(places, tmp_path, name, capsys):
         cfg.benchmark.max_new_tokens, cfg.personalizers = 4, [str(personalizer)]
         found = [read_summary(path.parent) for path in evaluate(cfg).glob("*/summary.json")]
         assert len(found) == 3 and all(summary.n == 8 and "exact" in summary.estimates for summary in found)
-    elif cfg.model.path == "town":
+    else:
         plug = places["plug"] if cfg.method.name == "persona_plug" else []
         more = ["debug=tiny", f"output={tmp_path}", "model.device=cpu", "trainer.cpu=true", *plug]
         personalizer = train(load_config("train", [f"experiment={name}", *places["town"], *more]))
         method = check_trained(tmp_path, personalizer)
         check_measured(places, "town", tmp_path, [*cfg.personalizers, str(personalizer)], method, 6)
-    else:
-        data = small_data(tmp_path / "data")
-        theirs = [f"data.path={data[cfg.data.name]}"] if cfg.data.name in data else []
-        out = tmp_path / "out"
-        assert train(load_config("train", [f"experiment={name}", "plan=true", f"output={out}", *theirs])) is None
-        printed = capsys.readouterr().out
-        assert all(word in printed for word in ("frozen", "total", "GiB")) and (
-            "steps" in printed or "stage" in printed
-        )
-        assert not out.exists()
+
+
+def test_a_plan_is_printed_and_nothing_is_written(tmp_path, capsys):
+    """Of a published size but for its depth; no weight is there to load."""
+    (tmp_path / "me.txt").write_text("I am calm.\n- What now?\n")
+    given = [
+        "model.architecture.num_hidden_layers=2",
+        f"data.path={tmp_path / 'me.txt'}",
+        f"output={tmp_path / 'out'}",
+    ]
+    assert train(load_config("train", ["experiment=character_llama31_8b", "plan=true", *given])) is None
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("frozen", "total", "GiB", "stage"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_steering_is_trained_and_measured_beside_the_constitution_as_system_prompt(tmp_path, load_base, model_folder):

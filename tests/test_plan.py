@@ -404,7 +404,7 @@ def test_every_experiment_has_a_plan(name: str, planned: Callable[[str], Plan]) 
     made = planned(name)
     out = io.StringIO()
     made.print(Console(file=out, width=200))
-    assert "H100" in out.getvalue()
+    assert all(word in out.getvalue() for word in ("H100", "frozen", "total", "GiB"))
     for load, costs in made.trainings:
         assert load.flops > 0 and load.activations > 0 and all(one.gpu_hours > 0 for one in costs)
 
