@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -219,6 +220,15 @@ class Run:
             raise
         return 128 - code if code < 0 else code
 
+    def terminate_in(self, seconds: float) -> None:
+        """SIGTERM and, as a process that waits for another does not see that, SIGKILL for whoever is left."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+            return
+        self.process.terminate()
+        for process in self.alive():
+            process.kill()
+
     def orphans(self, seconds: float = 5.0) -> list[str]:
         """What is alive although the command has ended, `seconds` after; it is killed."""
         end = time.monotonic() + seconds
@@ -311,6 +321,9 @@ def chain(
                     return made
                 break
             at = time.monotonic()
+            if kind == RANK and where == START:
+                # Perhaps they have not found each other yet; srun (--kill-on-bad-exit) ends those that are left.
+                run.terminate_in(10)
             try:
                 code = run.wait(BOUND)
             except subprocess.TimeoutExpired:
