@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
-import sys
+import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -50,10 +49,14 @@ def test_a_run_says_where_it_is_and_how_it_ended(tmp_path):
 
 
 def test_a_killed_run_is_told_from_one_that_runs(tmp_path):
-    lines = ("import os, signal, sys", "from persona.config import run_state", "with run_state(sys.argv[1]):",
-             "    os.kill(os.getpid(), signal.SIGKILL)")  # fmt: skip
-    command = [sys.executable, "-c", "\n".join(lines), str(tmp_path / "x")]
-    subprocess.run(command, cwd=Path(__file__).parents[1])
+    child = os.fork()
+    if not child:
+        try:
+            with run_state(tmp_path / "x"):
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert one(tmp_path).state == "died"
     state = {"state": "running", "at": "", "host": platform.node(), "pid": os.getpid(), "message": ""}
     (tmp_path / "x" / "state.json").write_text(json.dumps(state))

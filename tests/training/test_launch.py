@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from commands import started
 
 from persona.config import CONFIGS, launch, load_config
 from persona.config.launch import LaunchConfig
@@ -132,14 +132,18 @@ time.sleep(60)
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
 def test_signals_reach_every_process_and_none_is_left(tmp_path: Path, number: int) -> None:
     """SIGUSR1 goes on to the processes, whose status comes back; SIGKILL cannot, and the kernel ends them."""
-    code = STOPS.replace("{FOLDER}", str(tmp_path))
-    parent = subprocess.Popen([sys.executable, "-c", LAUNCHER, code], cwd=ROOT)
+    script, folder = tmp_path / "launcher.py", tmp_path / "children"
+    script.write_text(LAUNCHER)
+    folder.mkdir()
+    code = STOPS.replace("{FOLDER}", str(folder))
+    parent = started(str(script), [code], None, tmp_path / "out", tmp_path / "err")
     deadline = time.monotonic() + 120
-    while len([path for path in tmp_path.iterdir() if path.read_text()]) < 2 and time.monotonic() < deadline:
+    while len([path for path in folder.iterdir() if path.read_text()]) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    children = [int(path.read_text()) for path in tmp_path.iterdir()]
-    parent.send_signal(number)
-    assert parent.wait(30) == (143 if number == signal.SIGUSR1 else -number)
+    children = [int(path.read_text()) for path in folder.iterdir()]
+    os.kill(parent.pid, number)
+    parent.join(30)
+    assert parent.exitcode == (143 if number == signal.SIGUSR1 else -number)
     deadline = time.monotonic() + 10
     while any(alive(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
