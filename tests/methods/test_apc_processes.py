@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -24,7 +23,7 @@ from persona.evaluation.judges.oracle import OracleJudge
 from persona.methods.apc import train
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
-from training_toys import process_of_two
+from training_toys import in_two
 
 # Queries by a teacher over HTTP, so that every stage there is has work. Checkpoints at every step.
 CONFIG = replace(
@@ -93,20 +92,12 @@ def texts(out: Path, *stages: str) -> dict[str, bytes]:
 # ---- two processes -------------------------------------------------------------------------------------------------
 
 
-def of_two(act) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [process_of_two(rank, port, act) for rank in range(2)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
-
-
 @pytest.mark.multi_process
 def test_two_processes_make_what_one_makes(whole, base, teacher, tmp_path):
     """gloo; of each step either process has half of the rows. The last steps of the discriminators' epochs, filled up
     with rows of their beginning, are not compared."""
     halved = replace(CONFIG, discriminator=replace(CONFIG.discriminator, batch_size=16))
-    of_two(lambda: run(base, teacher, tmp_path, halved, replace(STEPS, batch_size=1)))
+    assert in_two(lambda: run(base, teacher, tmp_path, halved, replace(STEPS, batch_size=1))) == [0, 0]
     given = ("statements", "queries", "labels")
     assert texts(tmp_path, *given) == texts(whole, *given) and texts(whole, *given)
     one, two = (rows(out / "stages" / "pairs" / "pairs.jsonl") for out in (whole, tmp_path))
@@ -128,7 +119,7 @@ def test_two_processes_make_what_one_makes(whole, base, teacher, tmp_path):
 
 @pytest.mark.multi_process
 def test_experience_is_uploaded_by_two_as_by_one(uploaded, base, teacher, tmp_path):
-    of_two(lambda: run(base, teacher, tmp_path, EU, replace(EU_STEPS, batch_size=1)))
+    assert in_two(lambda: run(base, teacher, tmp_path, EU, replace(EU_STEPS, batch_size=1))) == [0, 0]
     assert losses(tmp_path)["experience"] == pytest.approx(losses(uploaded)["experience"], abs=1e-4)
 
 

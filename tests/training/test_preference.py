@@ -6,16 +6,14 @@ import copy
 import json
 import logging
 import math
-import os
 import shutil
-import socket
 
 import pytest
 import torch
 from preference_toys import DEV, LORA, PAIRS, pair, prefer, settings, user
 from safetensors.torch import load_file
 from test_lora import assert_same, below, state  # noqa: F401
-from training_toys import curve, process_of_two, rows
+from training_toys import curve, in_two, rows
 
 import persona
 from persona.errors import UserError
@@ -282,15 +280,7 @@ def test_half_precision(llama, tmp_path):
 def test_two_processes_are_one(whole, llama, tmp_path):
     """gloo, 2 x 2 pairs against 1 x 4 of the same order; both compute a share of the reference."""
     out, folder = whole
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def act() -> None:
-        prefer(llama, tmp_path, PAIRS, DEV, max_steps=8, batch_size=2)
-
-    children = [process_of_two(rank, port, act) for rank in range(2)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert in_two(lambda: prefer(llama, tmp_path, PAIRS, DEV, max_steps=8, batch_size=2)) == [0, 0]
     for key in ("loss", "kl", "rewards/margins", "eval_loss"):
         ours, theirs = curve(tmp_path, key), curve(out, key)
         assert ours.keys() == theirs.keys() and ours

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
-import socket
 
 import pytest
 import torch
 from preference_toys import TALK, TALKS, supervise, user
 from safetensors.torch import load_file
 from test_lora import assert_same, below, state  # noqa: F401
-from training_toys import curve, process_of_two
+from training_toys import curve, in_two
 
 import persona
 from persona import lm
@@ -203,13 +201,7 @@ def test_resumed_is_uninterrupted(whole, llama, tmp_path):
 @pytest.mark.multi_process
 def test_two_processes_are_one(whole, llama, tmp_path):
     out, folder = whole
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [
-        process_of_two(rank, port, lambda: supervise(llama, tmp_path, max_steps=8, batch_size=2)) for rank in range(2)
-    ]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert in_two(lambda: supervise(llama, tmp_path, max_steps=8, batch_size=2)) == [0, 0]
     ours, theirs = curve(tmp_path), curve(out)
     assert ours.keys() == theirs.keys()
     assert list(ours.values()) == pytest.approx(list(theirs.values()), abs=5e-4)
