@@ -202,6 +202,17 @@ def test_activations_are_those_of_a_real_forward(name: str, trained: bool, model
     assert lm_activations(empty, batch, prompt, reply, prefix=2) == expected > 0
 
 
+def test_no_attention_matrix_is_kept() -> None:
+    """As a fused kernel: twice as long is twice as much, and with matrices written out much more."""
+    shape = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}  # fmt: skip
+    model = meta_lm("somewhere/else", None, shape, torch.float32)
+    kept = {length: lm_activations(model, 2, length, 8, prefix=2) for length in (502, 1012)}
+    assert kept[1012] == pytest.approx(2 * kept[502], rel=0.01)
+    model.set_attn_implementation("eager")
+    assert lm_activations(model, 2, 1012, 8, prefix=2) > 2 * kept[1012]
+
+
 def test_checkpointing_keeps_less_and_gradients_cost_more() -> None:
     paper = ["experiment=persona_plug_llama2_7b", layers(8)]
     plug = loaded(config(*paper))[0]
@@ -225,7 +236,7 @@ def test_steps_of_the_paper_by_hand() -> None:
     assert (alone.gpus, alone.accumulation, alone.global_batch, alone.steps_per_epoch) == (1, 32, 64, 2149)
     per_sample = 29.97 + (10.07 + 1) + 2  # prompt, reply and its end, [I; P_u]
     assert four.tokens_per_step == round(64 * per_sample)
-    logits = 2 * (21 * 32_128) * (2 + 12)  # decoder positions: 10.07 + 3 · 3.10, rounded up, and the end
+    logits = 2 * (21 * 32_128) * (2 + 8)  # decoder positions: 10.07 + 3 · 3.10, rounded up, and the end
     assert alone.memory.logits == logits
     assert loaded(config(*paper, "trainer.max_steps=7"))[1][0].steps == 7
 

@@ -43,8 +43,8 @@ def plan(cfg: TrainConfig) -> Plan:
         notes=[
             f"data: {size.source}; operations of samples of mean length, without padding",
             f"activations: what autograd keeps of one forward of {cfg.trainer.batch_size} × the longest samples, "
-            "counted on the meta device with attention matrices written out (a fused kernel keeps less)",
-            "logits: batch × tokens of replies × vocabulary × (logits + float32 copy, log-softmax and gradient)",
+            "counted on the meta device with the attention of fused kernels where the LM has it",
+            "logits: batch × tokens of replies × vocabulary × (logits, float32 copy and log-softmax)",
             *_assumed(cfg),
             *ACCOUNTING,
         ],
@@ -79,7 +79,7 @@ def _staged(cfg: TrainConfig, stages: Work) -> Plan:
     if loads:
         notes += [
             "activations: what autograd keeps of one forward of the longest rows, counted on the meta device with "
-            "attention matrices written out (a fused kernel keeps less)",
+            "the attention of fused kernels where the LM has it",
             *ACCOUNTING,
         ]
     return Plan(

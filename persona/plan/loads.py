@@ -38,6 +38,10 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TILE = (4096, 32768)  # tokens, words of the vocabulary: what TRL's fused head projects at a time
 
 
+# Bytes of float32 for each logit of a reply at once: its copy and the log-softmax, later the latter and its gradient.
+CROSS_ENTROPY = 8
+
+
 @dataclass(frozen=True)
 class Rows:
     """What a forward sees: `count` rows of at most `prompt` and `reply` tokens, `mean` (prompt, reply) on average;
@@ -101,8 +105,7 @@ def single_load(cfg: TrainConfig, size: DataSize) -> Load:
     lm = base_lm(cfg)
     vocabulary = lm.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     made = _plug(cfg, lm, size, rows) if plugs else _finetune(cfg, lm, size, rows)
-    # The replies' logits, their float32 copy, its log-softmax, and the gradient of the copy.
-    logits = rows.count * rows.reply * vocabulary * (compute_type(cfg).itemsize + 12)
+    logits = rows.count * rows.reply * vocabulary * (compute_type(cfg).itemsize + CROSS_ENTROPY)
     return Load(
         title=f"{method.name} on {cfg.model.path}",
         parts=made.parts,
@@ -193,16 +196,32 @@ def _finetune(cfg: TrainConfig, lm: nn.Module, size: DataSize, rows: Rows) -> Pa
             Part("base LM, as it was", numel(lm), False, each, sharded=False, used=False),
         ]
         return _pass(cfg, lm, parts, rows)
-    users = None
-    if method.mode == "user_lora":
-        with META:
-            users = numel(UserAdapters(linear_shapes(lm), size.users, method.r, method.lora_alpha))
-    targets = method.target_modules if method.mode == "lora" else "all-linear"
-    made = _lora(cfg, lm, LoraSettings(method.r, method.lora_alpha, method.lora_dropout, targets), rows)
-    if users is None:
-        return made
-    own = Part(f"LoRA adapters of {size.users:,} users", users, True, 4, used=False)
-    return Pass([made.parts[0], own], made.kept, made.flops)
+    if method.mode == "lora":
+        return _lora(
+            cfg, lm, LoraSettings(method.r, method.lora_alpha, method.lora_dropout, method.target_modules), rows
+        )
+    shapes = linear_shapes(lm)
+    with META:
+        users = numel(UserAdapters(shapes, size.users, method.r, method.lora_alpha))
+    # Each row has the adapter of one user, so that how many there are changes no activation.
+    one = stacked(shapes, 1, method.r)
+
+    def within(batch: int) -> AbstractContextManager[None]:
+        which = torch.zeros(batch, 1, dtype=torch.long, device=META)
+        return adapters.apply_stacked(lm, one, torch.empty(batch, 1, device=META), which)
+
+    parts = [base_part(cfg, lm), Part(f"LoRA adapters of {size.users:,} users", users, True, 4, used=False)]
+    lm.requires_grad_(False)
+    return _pass(cfg, lm, parts, rows, within)
+
+
+def stacked(shapes: dict[str, tuple[int, int]], count: int, r: int) -> adapters.Stacked:
+    """`count` adapters of rank r over modules of these shapes [out, in], as `adapters.apply_stacked` takes them."""
+    with META:
+        return {
+            name: (torch.empty(count, r, narrow).requires_grad_(), torch.empty(count, wide, r).requires_grad_())
+            for name, (wide, narrow) in shapes.items()
+        }
 
 
 def _lora(cfg: TrainConfig, lm: nn.Module, lora: LoraSettings, rows: Rows) -> Pass:
@@ -238,7 +257,7 @@ def stage_load(cfg: TrainConfig, training: Training) -> Load:
         made = _router(cfg, lm, rows)
     else:
         made = _experts(cfg, lm, rows, training)
-        logits = rows.count * rows.reply * vocabulary * (compute_type(cfg).itemsize + 12)
+        logits = rows.count * rows.reply * vocabulary * (compute_type(cfg).itemsize + CROSS_ENTROPY)
     return Load(
         title=f"{cfg.method.name} on {cfg.model.path}, stage {training.stage}",
         parts=made.parts,
@@ -261,22 +280,18 @@ def _experts(cfg: TrainConfig, lm: nn.Module, rows: Rows, training: Training) ->
     shapes = linear_shapes(lm)
     if method.lora.target_modules != "all-linear":
         shapes = {name: shape for name, shape in shapes.items() if re.fullmatch(method.lora.target_modules, name)}
-    count, r = len(POLES), method.lora.r
-    with META:
-        stacked = {
-            name: (torch.empty(count, r, narrow).requires_grad_(), torch.empty(count, wide, r).requires_grad_())
-            for name, (wide, narrow) in shapes.items()
-        }
+    count = len(POLES)
+    made_of = stacked(shapes, count, method.lora.r)
 
     @contextmanager
     def within(batch: int) -> Iterator[None]:
         alone = training.stage == "warmup"
         weights = torch.empty(batch, 1 if alone else count, device=META, requires_grad=not alone)
         which = torch.zeros(batch, 1, dtype=torch.long, device=META) if alone else None
-        with adapters.apply_stacked(lm, stacked, weights, which, method.lora.lora_dropout):
+        with adapters.apply_stacked(lm, made_of, weights, which, method.lora.lora_dropout):
             yield
 
-    experts = sum(down.numel() + up.numel() for down, up in stacked.values())
+    experts = sum(down.numel() + up.numel() for down, up in made_of.values())
     parts = [base_part(cfg, lm, sharded=False), Part(f"{count} experts", experts, True, 4)]
     lm.requires_grad_(False)
     made = _pass(cfg, lm, parts, rows, within)

@@ -11,8 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 from transformers import PreTrainedConfig as HFConfig
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from persona.encoders import EncoderConfig, QueryEncoder
 from persona.errors import UserError
@@ -72,7 +82,7 @@ def meta_lm(path: str, revision: str | None, architecture: dict[str, Any], dtype
     config, own_head = hf_config(resolve(path), revision, architecture, "model")
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with META:
-        model = kind.from_config(config, dtype=dtype)
+        model = fused(kind.from_config(config, dtype=dtype))
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
     if own_head and head.weight is embed.weight:
         # transformers ties T5's head whatever its config says, and unties it when a checkpoint holds both.
@@ -91,7 +101,7 @@ class MetaEncoder:
             path = str(get_model_path())
         hf, _ = hf_config(path, config.revision, ENCODERS.get(path, {}), "method.encoder")
         with META:
-            model = AutoModel.from_config(hf, dtype=dtype)
+            model = fused(AutoModel.from_config(hf, dtype=dtype))
         model.pooler = None  # as in persona.encoders: its output is not used
         self.max_length = config.max_length or hf.max_position_embeddings
         self.model, self.dim = model, int(hf.hidden_size)
@@ -101,6 +111,34 @@ class MetaEncoder:
 
 
 # ---- activations ---------------------------------------------------------------------------------------------------
+
+FUSED = "fused_on_meta"
+
+
+def fused(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its attention as a GPU's fused kernels compute it, where it is one that they can: without them
+    PyTorch keeps the attention matrices of every layer."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(FUSED)
+    return model
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, position_bias: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Keeps what comes in and out, and a number for each row of the attention matrix, which is never there. Of keys
+    and values that heads share each head has a copy, as transformers gives the kernels where rows are padded."""
+    if position_bias is not None:  # T5's, which is added to the matrix
+        options = {"dropout": dropout, "scaling": scaling, "position_bias": position_bias, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    key, value = (repeat_kv(one, query.shape[1] // one.shape[1]) for one in (key, value))
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, None, True, dropout, scale=scaling)[0].transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(FUSED, _attention)
+AttentionMaskInterface.register(FUSED, sdpa_mask)
 
 
 @contextmanager
