@@ -103,6 +103,7 @@ async def _run_all(
     sync: Callable[[], None],
     who: str,
 ) -> None:
+    asyncio.get_running_loop().set_exception_handler(_complaint)
     queue = iter(items)
     fronts: dict[int, AsyncModel] = {}
 
@@ -146,6 +147,12 @@ async def _run_all(
             for task in (*servers, *workers):
                 task.cancel()
             await asyncio.gather(*servers, *workers, return_exceptions=True)
+
+
+def _complaint(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # A run that is stopped in the middle of an `asyncio.gather` leaves questions that nobody waits for any more.
+    if not isinstance(context.get("exception"), asyncio.CancelledError):
+        loop.default_exception_handler(context)
 
 
 def _run_loop(main: Coroutine[Any, Any, None]) -> None:

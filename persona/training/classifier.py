@@ -89,6 +89,10 @@ def train_classifier(
     weights = torch.ones(len(numbers)) if weights is None else weights
     fit(ClassifierTraining(model, weights), Rows(rows), Rows(dev), collate, config, out)
     if PartialState().is_main_process:
+        # A tokenizer keeps how it was last called, and the last call is not that of a run without an interruption.
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
         with atomic_folder(out / "classifier") as temporary:
             model.eval().save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)

@@ -1,5 +1,7 @@
 """What a run asks of endpoints: which questions again at the next start, and what is counted over all starts."""
 
+import asyncio
+import gc
 import os
 import signal
 import threading
@@ -173,3 +175,21 @@ def test_what_a_killed_run_had_noted_counts(tmp_path, monkeypatch):
         summary = run(tmp_path, "a", Cast(ToyModel(1.0), [endpoint(server)]))
         assert len(server.seen) - asked == 40 - kept
     assert summary.environment["usage"]["judge 1"]["requests"] == noted + 40 - kept
+
+
+def test_a_stopped_run_complains_of_no_question(tmp_path, caplog):
+    """A signal between two questions: what was asked of one before waits for nobody, and Python would say so."""
+
+    async def waits():
+        await asyncio.sleep(60)
+
+    async def episode(item, roles):
+        asyncio.gather(waits(), waits())  # not yet awaited
+        await asyncio.sleep(0)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_episodes([1], episode, Cast(ToyModel()), tmp_path / "rows.jsonl", who="it", batch_size=1,
+                            title="it", total=1, show=False)  # fmt: skip
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []

@@ -304,6 +304,8 @@ def test_experience_is_uploaded_without_statements_and_dpo_goes_on_top(trained, 
     assert not (tmp_path / "eu" / "stages" / "pairs").exists()
     stages = trained.parent / "stages" / "discriminators"
     models = {"relevance_model": str(stages / "relevance"), "nli_model": str(stages / "nli")}
+    kept = [json.loads(file.read_text()) for file in stages.glob("*/tokenizer.json")]
+    assert [(one["truncation"], one["padding"]) for one in kept] == [(None, None)] * 2  # no trace of the last batch
     stack = under(base, str(folder))
     both = train(replace(TINY, **models), stack, people(), TRAINER, tmp_path / "both")
     assert load_personalizer(both, base).trained_on_top_of == ("apc",)
