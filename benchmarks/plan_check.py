@@ -38,7 +38,7 @@ from persona.plan.backends import BUCKET
 SMALL = ["data.train=8", "data.dev=2", "data.test=1", "trainer.wandb=disabled", "trainer.workers=0"]
 SHORT = ["trainer.eval_every=1000"]
 LORA = ["method=finetune_lora", *SMALL, *SHORT, "trainer.batch_size=1"]
-FUSE = ["experiment=town_persona_fuse", "trainer.wandb=disabled", *SHORT]
+FUSE = ["experiment=town_persona_fuse", "method.skip=[]", "trainer.wandb=disabled", *SHORT]
 ALL = ("single", "ddp", "zero1", "zero2", "zero3")
 RUNS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "LoRA": (ALL, LORA),

@@ -44,7 +44,7 @@ JUDGE = ("judge=endpoint", "judge.endpoint.endpoint.model=judge-7b", "judge.endp
 FINETUNE = ("experiment=town_finetune_lora", *TOWN, *TRAINER, *STEPS)
 PLUG = ("experiment=town_persona_plug", *TOWN, "data.limit=8", *TRAINER, "method.store={root}/store",
         "trainer.max_steps=9", "trainer.save_every=2", "trainer.eval_every=5", "trainer.batch_size=2")  # fmt: skip
-FUSE = ("experiment=town_persona_fuse", *TRAINER, "data.train=50", "data.dev=4", "data.test=6",
+FUSE = ("experiment=town_persona_fuse", *TRAINER, "method.skip=[]", "data.train=50", "data.dev=4", "data.test=6",
         "trainer.save_every=4", "trainer.eval_every=8", "method.warmup.epochs=2", "method.routing.epochs=4",
         "method.routing.batch_size=16", "method.joint.epochs=2", "method.joint.batch_size=16")  # fmt: skip
 CHARACTER = ("experiment=town_character", *TRAINER, *TEACHER, "data.limit=6", "method.extra_prompts=null",

@@ -34,7 +34,7 @@ METHODS: dict[str, list[str]] = {
     "finetune_lora": ["method=finetune_lora", *TOWN],
     "finetune_full": ["method=finetune_full", *TOWN],
     "user_lora": ["method=user_lora", *TOWN],
-    "persona_fuse": ["experiment=town_persona_fuse", "data.train=24", "data.dev=6", "data.test=2",
+    "persona_fuse": ["experiment=town_persona_fuse", "method.skip=[]", "data.train=24", "data.dev=6", "data.test=2",
                      "trainer.max_grad_norm=0"],
     "character": ["experiment=town_character", "data.limit=8", "method.distill.repeats=1",
                   "method.introspect.reflections=1", "method.extra_prompts=null"],
