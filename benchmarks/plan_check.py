@@ -28,7 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train.py
 
 from persona.config import load_config
 from persona.config.launch import start, started, take_back_end
@@ -39,15 +43,21 @@ SMALL = ["data.train=8", "data.dev=2", "data.test=1", "trainer.wandb=disabled", 
 SHORT = ["trainer.eval_every=1000"]
 LORA = ["method=finetune_lora", *SMALL, *SHORT, "trainer.batch_size=1"]
 FUSE = ["experiment=town_persona_fuse", "method.skip=[]", "trainer.wandb=disabled", *SHORT]
-ALL = ("single", "ddp", "zero1", "zero2", "zero3")
+ALL = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 RUNS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "LoRA": (ALL, LORA),
     "LoRA, batches of 32": (("single",), [*LORA[:-1], "trainer.batch_size=32"]),
     "LoRA, 3 accumulated": (ALL[1:], [*LORA, "trainer.gradient_accumulation=3"]),
-    "LoRA, recomputed": (("single", "zero3"), [*LORA, "trainer.gradient_checkpointing=true"]),
-    "LoRA, bf16": (("zero1", "zero2", "zero3"), [*LORA, "trainer.precision=bf16"]),
-    "fully": (("single", "ddp", "zero2", "zero3"), ["method=finetune_full", *SMALL, *SHORT, "trainer.batch_size=1"]),
-    "Persona-Plug": (("single", "ddp", "zero3"), ["method=persona_plug", *SMALL, *SHORT, "trainer.batch_size=1"]),
+    "LoRA, recomputed": (("single", "zero3", "fsdp2"), [*LORA, "trainer.gradient_checkpointing=true"]),
+    "LoRA, bf16": (("zero1", "zero2", "zero3", "fsdp2"), [*LORA, "trainer.precision=bf16"]),
+    "fully": (
+        ("single", "ddp", "zero2", "zero3", "fsdp2"),
+        ["method=finetune_full", *SMALL, *SHORT, "trainer.batch_size=1"],
+    ),
+    "Persona-Plug": (
+        ("single", "ddp", "zero3", "fsdp2"),
+        ["method=persona_plug", *SMALL, *SHORT, "trainer.batch_size=1"],
+    ),
     "PersonaFuse, warm-up": (("single", "zero3"), [*FUSE, "method.skip=[router,joint]", "method.warmup.batch_size=1"]),
     "PersonaFuse, joint": (("single", "zero3"), [*FUSE, "method.skip=[warmup,router]", "method.joint.batch_size=2"]),
 }
@@ -57,7 +67,7 @@ LOOK = 8  # the step after which it is looked what is held
 # ---- in each process -----------------------------------------------------------------------------------------------
 
 sent: Counter[str] = Counter()
-peeks: list[Any] = []  # called once, at the next collective
+peeks: list[Any] = []  # called at every collective, while there are any
 
 
 def count_collectives() -> None:
@@ -66,6 +76,8 @@ def count_collectives() -> None:
         "all_reduce": ("reduced", lambda tensor, *_: nbytes(tensor)),
         "all_gather": ("gathered", lambda outputs, *_: sum(map(nbytes, outputs))),
         "all_gather_into_tensor": ("gathered", lambda output, *_: nbytes(output)),
+        "all_gather_single": ("gathered", lambda output, *_: nbytes(output)),
+        "reduce_scatter_single": ("scattered", lambda output, given, *_: nbytes(given)),
         "reduce_scatter_tensor": ("scattered", lambda output, given, *_: nbytes(given)),
         "reduce_scatter": ("scattered", lambda output, given, *_: sum(map(nbytes, given))),
         "reduce": ("scattered", lambda tensor, *_: nbytes(tensor)),
@@ -77,8 +89,8 @@ def count_collectives() -> None:
         def counted(*args: Any, _plain=plain, _kind=kind, _size=size, **kwargs: Any) -> Any:
             first = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor | list)]
             sent[_kind] += _size(*first)
-            while peeks:
-                peeks.pop()()
+            for peek in peeks:
+                peek(_kind)
             return _plain(*args, **kwargs)
 
         setattr(torch.distributed, name, counted)
@@ -89,8 +101,10 @@ def nbytes(tensor: torch.Tensor) -> int:
 
 
 def storages(tensors: Iterator[torch.Tensor]) -> dict[int, int]:
+    """Bytes by storage; of what FSDP2 divides, this process's part."""
     found = {}
     for tensor in tensors:
+        tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
         if (
             type(tensor) in (torch.Tensor, torch.nn.Parameter)
             and not tensor.is_meta
@@ -114,14 +128,14 @@ class Watch:
         self.rows: list[dict[str, float]] = []
         self.before: dict[int, int] = {}
         self.held: dict[str, int] = {}
-        self.buffers = 0
+        self.buffers = self.gathered = self.whole = 0
 
     def step(self, plain, trainer, model, inputs, items=None):
         micro = trainer.accelerator.gradient_state.sync_gradients
         number = trainer.state.global_step
-        if number == LOOK and trainer.accelerator.gradient_state.sync_gradients:
+        if number == LOOK and not self.before:
             self.before = alive()
-            peeks.append(self.peek)
+            peeks.append(lambda kind: self.peek(model, kind))
         counting = self.flops and number % 2
         counter = FlopCounterMode(display=False) if counting else nullcontext()
         sent.clear()
@@ -129,6 +143,8 @@ class Watch:
         with counter:
             loss = plain(trainer, model, inputs, items)
         seconds = time.perf_counter() - began
+        if number == LOOK:
+            self.peek(model, "")
         if number >= STEADY:
             if number == LOOK and not trainer.is_deepspeed_enabled and micro:
                 self.look(trainer.model, trainer.optimizer)
@@ -136,9 +152,18 @@ class Watch:
             self.rows.append({**what, "step": number, **sent})
         return loss
 
-    def peek(self) -> None:
-        """While gradients are sent: what is as large as DeepSpeed's buffer."""
-        self.buffers = sum(size for size in alive().values() if size >= 2 * BUCKET)
+    def peek(self, model: torch.nn.Module, kind: str) -> None:
+        """While weights and gradients are sent, and between forwards: what is as large as DeepSpeed's buffer, blocks
+        that FSDP2 has gathered, gradients that are still whole; the most that there is of each."""
+        # ZeRO-3 gathers every tensor by itself, which is too often to look at all that is alive.
+        large = {key: size for key, size in alive().items() if size >= 2 * BUCKET} if kind != "gathered" else {}
+        self.buffers = max(self.buffers, sum(large.values()))
+        grads = storages(p.grad for p in model.parameters() if p.grad is not None)
+        self.whole = max(self.whole, sum(size for size in grads.values() if size < 2 * BUCKET))
+        states = [part._get_fsdp_state() for part in model.modules() if isinstance(part, FSDPModule)]
+        divided = [one for state in states for group in state._fsdp_param_groups for one in group.fsdp_params]
+        made = storages(tensor for one in divided for tensor in one.all_gather_outputs)
+        self.gathered = max(self.gathered, sum(made.values()))
 
     def look(self, model: torch.nn.Module, optimizer: Any) -> None:
         """Just before an optimizer step: gradients are what is alive and was not before the forward."""
@@ -151,6 +176,7 @@ class Watch:
         states = [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
         for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
             states += getattr(optimizer, name, [])
+        peeks.clear()
         held = storages(iter(states))
         grads = storages(p.grad for p in parameters if p.grad is not None)
         if hasattr(optimizer, "grad_partitions_flat_buffer"):
@@ -159,8 +185,10 @@ class Watch:
         self.held = {
             "weights": sum(weights.values()),
             "optimizer": sum(size for key, size in held.items() if key not in weights),
-            "gradients": sum({**new, **grads}.values()),
-            "buffers": self.buffers + sum(size for key, size in gathered.items() if key not in weights),
+            "gradients": max(self.whole, sum({**new, **grads}.values())),
+            "buffers": self.buffers
+            + self.gathered
+            + sum(size for key, size in gathered.items() if key not in weights),
         }
 
 

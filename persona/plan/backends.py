@@ -128,7 +128,8 @@ def traffic(backend: Backend, gpus: int, parts: list[Part], bf16: bool, accumula
     DDP: one all-reduce of the trained parameters' gradients. ZeRO-1 and 2: an all-reduce of them (DeepSpeed's default,
     use_multi_rank_bucket_allreduce; at stage 2 after every forward) and an all-gather of the trained weights. ZeRO-3
     and FSDP2: an all-gather of all weights, the frozen base's included, for every forward and every backward pass, and
-    a reduce-scatter of gradients; ZeRO-3 gathers the LIVE weights that it keeps only once.
+    a reduce-scatter of gradients; ZeRO-3 does not gather the LIVE weights again that it keeps at the end of a forward,
+    or of a backward pass within the step.
     """
     if gpus == 1:
         return Traffic()
@@ -141,4 +142,5 @@ def traffic(backend: Backend, gpus: int, parts: list[Part], bf16: bool, accumula
     narrow = backend.deepspeed or bf16
     weights = sum(part.parameters * (each if narrow else part.bytes_each) for part in parts if part.sharded)
     kept = min(LIVE, sum(part.parameters for part in parts if part.sharded)) * each if backend.deepspeed else 0
-    return Traffic(gathered=(2 * weights - kept) * accumulation, scattered=trained * each * accumulation)
+    gathered = 2 * weights * accumulation - kept * (2 * accumulation - 1)
+    return Traffic(gathered=gathered, scattered=trained * each * accumulation)

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 from training_toys import Points, Toy, collate, curve, in_two, run
 
+from persona.config import load_config
+from persona.config.launch import environment
 from persona.training.checkpoints import newest, steps
 from persona.training.states import optimizer_states, set_optimizer_states, set_weights, weights
 
@@ -24,13 +26,18 @@ ZERO = ("zero1", "zero2", "zero3")
 BACKENDS = ("single", "ddp", *ZERO)
 
 
-def train(out: Path, backend: str, **changes) -> None:
+def train(out: Path, backend: str, rows: int = 24, accumulated: int = 1, **changes) -> None:
     """12 steps of 4 samples; without dropout, whose draws are a process's own."""
 
     def go(size: int) -> None:
         module = Toy(width=7)
         module.dropout = nn.Identity()
-        run(out, module, batch_size=size, **changes)
+        size //= accumulated
+        run(out, module, Points(rows), batch_size=size, gradient_accumulation=accumulated, **changes)
+
+    def go_fsdp2() -> None:
+        os.environ.update(environment(load_config("train", ["launch=fsdp2"]).launch))
+        go(2)
 
     def go_deepspeed() -> None:
         settings = json.loads((DEEPSPEED / f"{backend}.json").read_text())
@@ -51,7 +58,8 @@ def train(out: Path, backend: str, **changes) -> None:
     if backend == "single":
         go(4)
     else:
-        assert in_two(go_deepspeed if backend in ZERO else lambda: go(2)) == [0, 0]
+        act = go_deepspeed if backend in ZERO else go_fsdp2 if backend == "fsdp2" else lambda: go(2)
+        assert in_two(act) == [0, 0]
 
 
 def resumed(saved: Path, out: Path, backend: str) -> Path:
@@ -100,6 +108,18 @@ def test_every_back_end_goes_on_from_every_other(whole, tmp_path, backend):
     same(tmp_path / "saved", whole)
     for other in BACKENDS:
         same(resumed(tmp_path / "saved", tmp_path / other, other), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("backend", [*BACKENDS[1:], "fsdp2"])
+@pytest.mark.parametrize("rows", [21, 22, 23])
+def test_accumulated_forwards_are_one_batch_and_what_is_left_over_counts_once(backend, rows, tmp_path):
+    """Of 21 rows the epoch's last step has one: one process has none, and there is no second forward."""
+    pytest.importorskip("deepspeed")
+    train(tmp_path / "one", "single", rows)
+    train(tmp_path / "two", backend, rows, accumulated=2)
+    same(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.multi_process
