@@ -182,6 +182,8 @@ class Watch:
         if hasattr(optimizer, "grad_partitions_flat_buffer"):
             grads.update(storages(iter([optimizer.grad_partitions_flat_buffer])))
         new = {key: size for key, size in now.items() if key not in self.before and key not in {**weights, **held}}
+        beside = storages(x for x in gc.get_objects() if isinstance(x, torch.nn.Parameter) and not hasattr(x, "ds_id"))
+        weights = {**weights, **{key: size for key, size in beside.items() if key not in {**held, **gathered}}}
         self.held = {
             "weights": sum(weights.values()),
             "optimizer": sum(size for key, size in held.items() if key not in weights),

@@ -39,29 +39,47 @@ def test_every_card_has_rates() -> None:
     [
         ("single", 1, 1000 * 2 + 100 * 4 + 100 * 2, 400, 800, 0),
         ("ddp", 4, 1000 * 2 + 100 * 4 + 100 * 2, 400, 800, 400),
-        ("zero1", 4, 1100 * 2, 200, 300, 2 * BUCKET),
-        ("zero2", 4, 1100 * 2, 50, 300, 2 * BUCKET),
-        ("zero3", 4, 550, 50, 300, 2 * (BUCKET + 1100)),
+        ("zero1", 4, 1000 * 2 + 100 * 4, 100, 300, 4 * BUCKET),
+        ("zero2", 4, 1000 * 2 + 100 * 4, 100, 300, 4 * BUCKET),
+        ("zero3", 4, 600, 100, 300, 2 * BUCKET + 2400),
         ("fsdp2", 4, (1000 * 2 + 100 * 4) // 4, 100, 200, 2 * 100 * 2),
     ],
 )
 def test_memory_by_hand(launch: str, gpus: int, weights: int, gradients: int, optimizer: int, buffers: int) -> None:
-    made = memory(BY[launch], gpus, PARTS, bf16=True, activations=7, logits=5)
+    made = memory(BY[launch], gpus, PARTS, bf16=True, accumulation=1, activations=7, logits=5)
     assert (made.weights, made.gradients, made.optimizer, made.buffers) == (weights, gradients, optimizer, buffers)
     assert made.total == weights + gradients + optimizer + buffers + 12
 
 
+def test_accumulated_gradients_are_whole_where_they_are_divided_once_a_step() -> None:
+    def held(launch: str) -> int:
+        return memory(BY[launch], 4, PARTS, bf16=True, accumulation=3, activations=0, logits=0).gradients
+
+    assert {name: held(name) for name in BY} == {
+        "single": 400,
+        "ddp": 400,
+        "zero1": 400,
+        "zero2": 100,
+        "zero3": 100,
+        "fsdp2": 400,
+    }
+
+
 def test_memory_in_float32_and_of_what_no_back_end_divides() -> None:
     parts = [Part("trained copy", 100, True, 4), Part("as it was", 100, False, 4, sharded=False)]
-    plain = memory(SINGLE, 1, parts, bf16=False, activations=0, logits=0)
+    plain = memory(SINGLE, 1, parts, bf16=False, accumulation=1, activations=0, logits=0)
     assert (plain.weights, plain.gradients, plain.optimizer) == (800, 400, 800)
-    assert memory(BY["zero3"], 4, parts, bf16=False, activations=0, logits=0).weights == 400 + 100
-    assert memory(BY["fsdp2"], 4, parts, bf16=False, activations=0, logits=0).weights == 400 + 100
+    assert memory(BY["zero3"], 4, parts, bf16=False, accumulation=1, activations=0, logits=0).weights == 400 + 100
+    assert memory(BY["fsdp2"], 4, parts, bf16=False, accumulation=1, activations=0, logits=0).weights == 400 + 100
     half = [Part("all", 100, True, 2)]
-    assert memory(BY["ddp"], 4, half, bf16=True, activations=0, logits=0).optimizer == 400
-    assert memory(BY["fsdp2"], 4, half, bf16=True, activations=0, logits=0).optimizer == 200  # float32, a quarter
+    assert memory(BY["ddp"], 4, half, bf16=True, accumulation=1, activations=0, logits=0).optimizer == 400
+    assert (
+        memory(BY["fsdp2"], 4, half, bf16=True, accumulation=1, activations=0, logits=0).optimizer == 200
+    )  # float32, a quarter
     huge = [Part("base LM", 3 * LIVE, False, 2)]
-    assert memory(BY["zero3"], 4, huge, bf16=True, activations=0, logits=0).buffers == 2 * (BUCKET + LIVE)
+    assert memory(BY["zero3"], 4, huge, bf16=True, accumulation=1, activations=0, logits=0).buffers == 2 * (
+        BUCKET + LIVE
+    )
 
 
 # ---- traffic -------------------------------------------------------------------------------------------------------
@@ -71,10 +89,10 @@ def test_memory_in_float32_and_of_what_no_back_end_divides() -> None:
     ("launch", "expected"),
     [
         ("ddp", Traffic(reduced=400)),
-        ("zero1", Traffic(reduced=200, gathered=200)),
-        ("zero2", Traffic(reduced=3 * 200, gathered=200)),
-        ("zero3", Traffic(gathered=2200, scattered=3 * 200)),  # as few weights stay to the end of the step
-        ("fsdp2", Traffic(gathered=3 * 2 * 2200, scattered=3 * 200)),
+        ("zero1", Traffic(reduced=200, gathered=400)),
+        ("zero2", Traffic(reduced=3 * 200, gathered=400)),
+        ("zero3", Traffic(gathered=2400, scattered=3 * 200)),  # as few weights stay to the end of the step
+        ("fsdp2", Traffic(gathered=3 * 2 * 2200, scattered=200)),
     ],
 )
 def test_traffic_of_a_step_of_three_forwards_by_hand(launch: str, expected: Traffic) -> None:

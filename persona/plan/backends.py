@@ -69,26 +69,30 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.logits
 
 
-def memory(backend: Backend, gpus: int, parts: list[Part], bf16: bool, activations: int, logits: int) -> Memory:
+def memory(
+    backend: Backend, gpus: int, parts: list[Part], bf16: bool, accumulation: int, activations: int, logits: int
+) -> Memory:
     """Weights, gradients and AdamW's states of `parts`, and buffers.
 
-    Without DeepSpeed every part keeps its own type and autocast adds bf16 copies of fp32 weights; AdamW has two states
-    of the weight's type. DDP has a bucket for every gradient; FSDP2 trains float32 weights and holds two gathered
-    blocks at a time. DeepSpeed keeps weights and gradients in the training precision and 12 bytes per trained
-    parameter for AdamW (fp32 weight, two states); its buffer takes BUCKET elements, and stage 3 keeps up to LIVE
-    weights gathered.
+    Every part keeps its own type (bf16 is autocast), and so do its gradients; without DeepSpeed autocast adds bf16
+    copies of fp32 weights, and AdamW has two states of the weight's type. DDP has a bucket for every gradient; FSDP2
+    trains float32 weights and holds two gathered blocks at a time. DeepSpeed holds 12 bytes per trained parameter for
+    AdamW (fp32 weight, two states); its buffer takes BUCKET elements of the gradients' type, in bf16 at stage 3, which
+    keeps up to LIVE weights gathered. ZeRO-1 and FSDP2 divide gradients once a step: accumulated ones are whole until then.
     """
     seen = [part for part in parts if part.sharded]
     own = sum(part.parameters * part.bytes_each for part in parts if not part.sharded)
     trained = sum(part.parameters for part in parts if part.trainable)
     if backend.deepspeed:
-        each = 2 if bf16 else 4
-        managed = sum(part.parameters for part in seen)
+        managed = sum(part.parameters * part.bytes_each for part in seen)
+        kept = min(managed, LIVE * managed // sum(part.parameters for part in seen)) if backend.weights else 0
+        whole = sum(part.parameters * part.bytes_each for part in parts if part.trainable)
+        widest = max((part.bytes_each for part in parts if part.trainable), default=4)
         return Memory(
-            own + managed * each // (gpus if backend.weights else 1),
-            trained * each // (gpus if backend.gradients else 1),
+            own + managed // (gpus if backend.weights else 1),
+            whole // (gpus if backend.gradients or accumulation == 1 else 1),
             12 * trained // gpus,
-            (BUCKET + (min(LIVE, managed) if backend.weights else 0)) * each,
+            BUCKET * (2 if bf16 and backend.weights else widest) + kept,
             activations,
             logits,
         )
@@ -101,8 +105,13 @@ def memory(backend: Backend, gpus: int, parts: list[Part], bf16: bool, activatio
     if backend.weights:
         blocks = 2 * max((part.largest * (2 if bf16 else part.bytes_each) for part in seen), default=0)
         return Memory(
-            own + weights // gpus, gradients // gpus, 2 * gradients // gpus, blocks, activations, logits
-        )  # fmt: skip
+            own + weights // gpus,
+            gradients // (gpus if accumulation == 1 else 1),
+            2 * gradients // gpus,
+            blocks,
+            activations,
+            logits,
+        )
     return Memory(own + weights + copies, gradients, 2 * gradients, gradients if gpus > 1 else 0, activations, logits)
 
 
@@ -128,8 +137,8 @@ def traffic(backend: Backend, gpus: int, parts: list[Part], bf16: bool, accumula
     DDP: one all-reduce of the trained parameters' gradients. ZeRO-1 and 2: an all-reduce of them (DeepSpeed's default,
     use_multi_rank_bucket_allreduce; at stage 2 after every forward) and an all-gather of the trained weights. ZeRO-3
     and FSDP2: an all-gather of all weights, the frozen base's included, for every forward and every backward pass, and
-    a reduce-scatter of gradients; ZeRO-3 does not gather the LIVE weights again that it keeps at the end of a forward,
-    or of a backward pass within the step.
+    a reduce-scatter of gradients (FSDP2: once a step). ZeRO-3 does not gather the LIVE weights again that it keeps at
+    the end of a forward, or of a backward pass within the step.
     """
     if gpus == 1:
         return Traffic()
@@ -137,10 +146,14 @@ def traffic(backend: Backend, gpus: int, parts: list[Part], bf16: bool, accumula
     trained = sum(part.parameters for part in parts if part.trainable)
     if not backend.optimizer:
         return Traffic(reduced=sum(part.parameters * part.bytes_each for part in parts if part.trainable))
+    loaded = sum(part.parameters * part.bytes_each for part in parts if part.trainable)
     if not backend.weights:
-        return Traffic(reduced=trained * each * (accumulation if backend.gradients else 1), gathered=trained * each)
-    narrow = backend.deepspeed or bf16
-    weights = sum(part.parameters * (each if narrow else part.bytes_each) for part in parts if part.sharded)
-    kept = min(LIVE, sum(part.parameters for part in parts if part.sharded)) * each if backend.deepspeed else 0
+        return Traffic(reduced=trained * each * (accumulation if backend.gradients else 1), gathered=loaded)
+    seen = [part for part in parts if part.sharded]
+    if not backend.deepspeed:
+        weights = sum(part.parameters * (each if bf16 else part.bytes_each) for part in seen)
+        return Traffic(gathered=2 * weights * accumulation, scattered=trained * each)
+    weights = sum(part.parameters * part.bytes_each for part in seen)
+    kept = min(weights, LIVE * weights // sum(part.parameters for part in seen))
     gathered = 2 * weights * accumulation - kept * (2 * accumulation - 1)
     return Traffic(gathered=gathered, scattered=trained * each * accumulation)

@@ -105,7 +105,7 @@ def operations(rates: PlanRates, bf16: bool) -> float:
 def cost(load: Load, backend: Backend, nodes: int, gpus: int, accumulation: int, rates: PlanRates) -> Cost:
     """`load` on `gpus` GPUs in all. A collective over several nodes goes inside them first, then between them."""
     card = CARDS[rates.gpu]
-    held = memory(backend, gpus, load.parts, load.bf16, load.activations, load.logits)
+    held = memory(backend, gpus, load.parts, load.bf16, accumulation, load.activations, load.logits)
     moved = traffic(backend, gpus, load.parts, load.bf16, accumulation)
     each = load.batch * gpus
     per_epoch = math.ceil(math.ceil(load.samples / each) / accumulation)
