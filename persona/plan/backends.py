@@ -78,7 +78,8 @@ def memory(
     copies of fp32 weights, and AdamW has two states of the weight's type. DDP has a bucket for every gradient; FSDP2
     trains float32 weights and holds two gathered blocks at a time. DeepSpeed holds 12 bytes per trained parameter for
     AdamW (fp32 weight, two states); its buffer takes BUCKET elements of the gradients' type, in bf16 at stage 3, which
-    keeps up to LIVE weights gathered. ZeRO-1 and FSDP2 divide gradients once a step: accumulated ones are whole until then.
+    keeps up to LIVE weights gathered. ZeRO-1 and FSDP2 divide gradients once a step: accumulated ones are whole until
+    then.
     """
     seen = [part for part in parts if part.sharded]
     own = sum(part.parameters * part.bytes_each for part in parts if not part.sharded)
