@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -169,3 +171,27 @@ def test_bf16_is_autocast_under_deepspeed_too(tmp_path: Path, monkeypatch) -> No
     assert not made.bf16 and config["bf16"]["enabled"] is False
     made = arguments(TrainerConfig(wandb="disabled", cpu=True), tmp_path, evaluates=False)
     assert "torch_autocast" not in made.deepspeed_plugin.deepspeed_config
+
+
+SMALL = ["method=finetune_lora", "data=town", "data.train=3", "data.dev=1", "data.test=1", "trainer.max_steps=1",
+         "trainer.cpu=true", "model.device=cpu", "trainer.wandb=disabled"]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize(
+    ("given", "folders", "processes"),
+    [
+        (["--multirun", "launch=ddp", "launch.num_processes=2", "trainer.seed=1,2"], ["seed=1", "seed=2"], 2),
+        (["launch=zero2", "launch.num_processes=1"], [""], 1),
+    ],
+)
+def test_members_of_a_multirun_are_launches_and_deepspeed_is_one_of_one(given, folders, processes, tmp_path) -> None:
+    told = [f"output={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep"]
+    command = [sys.executable, "train.py", *given, *SMALL, *told]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=400).returncode == 0
+    for folder in folders:
+        out = tmp_path / "run" / (f"trainer.{folder}" if folder else "")
+        assert json.loads((out / "state.json").read_text())["state"] == "done"
+        assert json.loads((out / "meta.json").read_text())["hardware"]["processes"] == processes
+        assert (out / "personalizer").is_dir()
