@@ -42,7 +42,7 @@ from persona.plan.backends import BUCKET
 SMALL = ["data.train=8", "data.dev=2", "data.test=1", "trainer.wandb=disabled", "trainer.workers=0"]
 SHORT = ["trainer.eval_every=1000"]
 LORA = ["method=finetune_lora", *SMALL, *SHORT, "trainer.batch_size=1"]
-FUSE = ["experiment=town_persona_fuse", "method.skip=[]", "trainer.wandb=disabled", *SHORT]
+FUSE = ["experiment=town_persona_fuse", "trainer.wandb=disabled", "trainer.max_grad_norm=0", *SHORT]
 ALL = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 RUNS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "LoRA": (ALL, LORA),
@@ -239,8 +239,9 @@ def worker(name: str, launch: str, folder: Path) -> None:
 
         DDP.__init__ = init
     script.train(cfg)
-    saved = sorted((folder / "run").rglob("checkpoint-*"))
-    files = {str(f.relative_to(saved[-1])): f.stat().st_size for f in saved[-1].rglob("*") if f.is_file()}
+    # A method of stages removes its checkpoints when a stage is done.
+    saved = sorted((folder / "run").rglob("checkpoint-*"))[-1:]
+    files = {str(f.relative_to(last)): f.stat().st_size for last in saved for f in last.rglob("*") if f.is_file()}
     if launch == "ddp":
         watch.held["buffers"] = sum(map(int, watch.ddp._get_ddp_logging_data()["bucket_sizes"].split(",")))
     made = {"rows": watch.rows, "held": watch.held, "files": files, "rate": product_rate()}
@@ -306,7 +307,8 @@ def compare(name: str, launch: str, seen: list[dict[str, Any]]) -> list[list[str
     known = sum(
         size for file, size in files.items() if file.endswith((".safetensors", ".json", ".pt", ".bin", ".pth"))
     )
-    row("checkpoint, bytes", load.checkpoint + 15_600 * len(seen), [known])
+    if files:
+        row("checkpoint, bytes", load.checkpoint + 15_600 * len(seen), [known])
     return rows
 
 

@@ -162,6 +162,10 @@ def _plug(cfg: TrainConfig, lm: nn.Module, size: DataSize, rows: Rows) -> Pass:
         key = (name.partition(".")[0], parameter.requires_grad)
         counts[key] = counts.get(key, 0) + parameter.numel()
     parts += [Part(names.get(name, name), count, trained, 4) for (name, trained), count in counts.items()]
+    # What encodes histories stays loaded beside the copy that is trained.
+    parts.append(
+        Part(f"history encoder ({method.encoder.name})", numel(encoder.model), False, 4, sharded=False, used=False)
+    )
     lm.train(method.lm_dropout or method.compat == "reference")
     made = _pass(cfg, lm, parts, rows)
     kept, flops = made.kept, made.flops
