@@ -88,15 +88,18 @@ def test_accelerate_reads_every_launch_file() -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     files = sorted((CONFIGS / "launch").glob("*.yaml"))
-    assert [path.stem for path in files] == ["ddp", "fsdp2", "single", "zero1", "zero2", "zero3"]
+    plain = ["ddp", "fsdp2", "single", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+    assert [path.stem for path in files] == plain
     for path in files:
         load_config_from_file(str(path))  # raises for a key it does not know
         if path.stem.startswith("zero"):
             named = yaml.safe_load(path.read_text())["deepspeed_config"]["deepspeed_config_file"]
             deepspeed = json.loads((CONFIGS.parent / named).read_text())
-            assert deepspeed["zero_optimization"]["stage"] == int(path.stem[-1])
+            assert deepspeed["zero_optimization"]["stage"] == int(path.stem[4])
             # The optimizer stays the Trainer's own, so that no C++ op has to be compiled.
             assert "optimizer" not in deepspeed and deepspeed["train_batch_size"] == "auto"
+            moved = deepspeed["zero_optimization"].get("offload_optimizer", {}).get("device")
+            assert (moved == "cpu") == path.stem.endswith("_offload") == ("zero_force_ds_cpu_optimizer" in deepspeed)
 
 
 def test_several_judges_are_named_side_by_side() -> None:

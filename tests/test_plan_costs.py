@@ -24,7 +24,8 @@ LOAD = Load("t", PARTS, 7, 5, flops=1e15, tokens=30, samples=100, epochs=2, batc
 
 def test_back_ends_are_those_of_the_launch_files() -> None:
     files = {path.stem for path in (CONFIGS / "launch").glob("*.yaml")}
-    assert set(BY) == files
+    # What is in the CPU's memory is not planned for.
+    assert set(BY) == {name for name in files if not name.endswith("_offload")}
 
 
 def test_every_card_has_rates() -> None:
