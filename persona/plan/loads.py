@@ -161,7 +161,11 @@ def _plug(cfg: TrainConfig, lm: nn.Module, size: DataSize, rows: Rows) -> Pass:
     for name, parameter in embedder.named_parameters():
         key = (name.partition(".")[0], parameter.requires_grad)
         counts[key] = counts.get(key, 0) + parameter.numel()
-    parts += [Part(names.get(name, name), count, trained, 4) for (name, trained), count in counts.items()]
+    largest = {} if embedder.query_encoder is None else {"query_encoder": _largest(encoder.model)}
+    parts += [
+        Part(names.get(name, name), count, trained, 4, largest=largest.get(name, 0))
+        for (name, trained), count in counts.items()
+    ]
     # What encodes histories stays loaded beside the copy that is trained.
     parts.append(
         Part(f"history encoder ({method.encoder.name})", numel(encoder.model), False, 4, sharded=False, used=False)

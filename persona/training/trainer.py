@@ -150,6 +150,10 @@ class MethodTrainer(OwnTrainer, Trainer):
             known = self.args
             options = {"lr": known.learning_rate, "weight_decay": known.weight_decay, "betas": (0.9, known.adam_beta2)}
             self.optimizer = torch.optim.AdamW([{**options, **group} for group in self.groups])
+            if self.is_fsdp_enabled:  # puts other parameters in the optimizer; these would be held whole all along
+                for group in self.groups:
+                    group["params"].clear()
+                self.groups = None
         return super().create_optimizer(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -176,8 +180,8 @@ def fit(
     """
     if len(train) == 0:  # type: ignore[arg-type]
         raise UserError("there is nothing to train on: the training split is empty")
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not trainable:
+    # No list of them: FSDP2 puts others in their place, and whoever holds the first ones holds them whole.
+    if not any(parameter.requires_grad for parameter in module.parameters()):
         raise UserError("there is nothing to train: no parameter of the method is trainable")
     # FSDP divides a model by the blocks that its class names.
     models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]

@@ -5,9 +5,11 @@ The processes are real, over gloo; what is saved and loaded is the toy's: a weig
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from training_toys import Points, Toy, collate, curve, in_two, run
+from transformers import TrainerCallback
 
 from persona.config import load_config
 from persona.config.launch import environment
@@ -120,6 +123,27 @@ def test_accumulated_forwards_are_one_batch_and_what_is_left_over_counts_once(ba
     train(tmp_path / "one", "single", rows)
     train(tmp_path / "two", backend, rows, accumulated=2)
     same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.multi_process
+def test_under_fsdp2_nobody_holds_the_weights_that_were_divided(tmp_path):
+    """Each process has its part alone: a list of parameters from before would keep all of them alive, whole."""
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            gc.collect()
+            assert [name for name, first in firsts.items() if first() is not None] == []
+
+    firsts = {}
+
+    def act() -> None:
+        os.environ.update(environment(load_config("train", ["launch=fsdp2"]).launch))
+        module = Toy(width=7)
+        firsts.update({name: weakref.ref(p) for name, p in module.named_parameters() if p.requires_grad})
+        assert len(firsts) > 2
+        run(tmp_path / "out", module, Points(8), max_steps=2, callbacks=[Look()])
+
+    assert in_two(act) == [0, 0]
 
 
 @pytest.mark.multi_process
