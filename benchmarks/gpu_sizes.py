@@ -32,7 +32,7 @@ from unittest.mock import patch
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from persona.config import load_config
 from persona.data.base import People, plain_task, register
@@ -43,6 +43,7 @@ from persona.lm.residual import Site, blocks
 from persona.lm.sums import rollout_sums
 from persona.methods import finetune, persona_fuse, persona_plug
 from persona.personalizer import LanguageModel
+from persona.plan.models import ENCODERS, READERS
 from persona.training.lora import LoraSettings
 from persona.training.preference import Pair, train_preferences
 from persona.training.supervised import train_supervised
@@ -56,13 +57,7 @@ TINY = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1500, "max_position_embeddings": 8192,
 }  # fmt: skip
-ROUTER = {  # the published shape of Qwen2.5-0.5B
-    "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-    "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
-    "max_position_embeddings": 32768,
-}  # fmt: skip
-# BGE-base's
-ENCODER = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+ROUTER, ENCODER = READERS["Qwen/Qwen2.5-0.5B"], ENCODERS["BAAI/bge-base-en-v1.5"]  # their published shapes
 
 
 # ---- LMs and texts -------------------------------------------------------------------------------------------------
@@ -354,8 +349,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         router = random_lm(TINY if given.quick else ROUTER, dtype, tokenizer, "router")
         router.model.save_pretrained(root / "router")
         tokenizer.save_pretrained(root / "router")
-        shape = {**ENCODER, "num_hidden_layers": 2, "hidden_size": 48} if given.quick else ENCODER
-        BertModel(BertConfig(vocab_size=len(tokenizer), pad_token_id=0, **shape)).save_pretrained(root / "encoder")
+        small = {"num_hidden_layers": 2, "hidden_size": 48} if given.quick else {}
+        shape = {**ENCODER, "vocab_size": len(tokenizer), "pad_token_id": 0, **small}
+        AutoModel.from_config(AutoConfig.for_model(**shape)).save_pretrained(root / "encoder")
         tokenizer.save_pretrained(root / "encoder")
         del router
         for model in ["tiny"] if given.quick else given.models:

@@ -212,7 +212,7 @@ def _finetune(cfg: TrainConfig, lm: nn.Module, size: DataSize, rows: Rows) -> Pa
     with META:
         users = numel(UserAdapters(shapes, size.users, method.r, method.lora_alpha))
     # Each row has the adapter of one user, so that how many there are changes no activation.
-    one = stacked(shapes, 1, method.r)
+    one = stacked_on_meta(shapes, 1, method.r)
 
     def within(batch: int) -> AbstractContextManager[None]:
         which = torch.zeros(batch, 1, dtype=torch.long, device=META)
@@ -223,7 +223,7 @@ def _finetune(cfg: TrainConfig, lm: nn.Module, size: DataSize, rows: Rows) -> Pa
     return _pass(cfg, lm, parts, rows, within)
 
 
-def stacked(shapes: dict[str, tuple[int, int]], count: int, r: int) -> adapters.Stacked:
+def stacked_on_meta(shapes: dict[str, tuple[int, int]], count: int, r: int) -> adapters.Stacked:
     """`count` adapters of rank r over modules of these shapes [out, in], as `adapters.apply_stacked` takes them."""
     with META:
         return {
@@ -289,17 +289,17 @@ def _experts(cfg: TrainConfig, lm: nn.Module, rows: Rows, training: Training) ->
     if method.lora.target_modules != "all-linear":
         shapes = {name: shape for name, shape in shapes.items() if re.fullmatch(method.lora.target_modules, name)}
     count = len(POLES)
-    made_of = stacked(shapes, count, method.lora.r)
+    stacked = stacked_on_meta(shapes, count, method.lora.r)
 
     @contextmanager
     def within(batch: int) -> Iterator[None]:
         alone = training.stage == "warmup"
         weights = torch.empty(batch, 1 if alone else count, device=META, requires_grad=not alone)
         which = torch.zeros(batch, 1, dtype=torch.long, device=META) if alone else None
-        with adapters.apply_stacked(lm, made_of, weights, which, method.lora.lora_dropout):
+        with adapters.apply_stacked(lm, stacked, weights, which, method.lora.lora_dropout):
             yield
 
-    experts = sum(down.numel() + up.numel() for down, up in made_of.values())
+    experts = sum(down.numel() + up.numel() for down, up in stacked.values())
     parts = [base_part(cfg, lm, sharded=False), Part(f"{count} experts", experts, True, 4)]
     lm.requires_grad_(False)
     made = _pass(cfg, lm, parts, rows, within)
